@@ -1,0 +1,91 @@
+"""What one engine step looks like to attention: which query rows read which cached tokens.
+
+Legend: T tokens (query rows) of the step, S sequences, M pages per sequence (padded), N pages of the pool,
+H query heads, G key/value heads, P page size (tokens), D head size.
+
+A step is ragged: the tokens of all sequences (prefill chunks and single decode tokens alike) lie in one
+flat axis T; ``query_start_S1`` cuts it. Everything is planned once per step and shared by all layers
+unless a technique gives a layer its own view (`StepLayout.layer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Head counts and sizes of one model's attention. ``heads % kv_heads == 0`` (GQA; equal is MHA)."""
+
+    heads: int
+    kv_heads: int
+    size: int
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a layer asks of attention besides its inputs."""
+
+    shape: HeadShape
+    scale: float
+    window: int | None = None  # sliding window in tokens (including the query's own), None = all
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+
+
+@dataclass(frozen=True)
+class KVPages:
+    """Keys (rotated, unless the format says otherwise) and values of one layer's page pool.
+
+    ``k_NGPD``, ``v_NGPD``: [pages, kv heads, page size, head size], float32 or bfloat16, contiguous.
+    """
+
+    k_NGPD: Tensor
+    v_NGPD: Tensor
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """The ragged batch of one step. Index tensors live on the CPU.
+
+    query_start_S1: int32 [S+1], prefix sums of query rows per sequence; last = T.
+    kv_len_S: int32 [S], cached tokens per sequence *including* this step's (the rows are the last ones).
+    page_table_SM: int32 [S, M], page ids in token order; entries past the length are -1.
+    position_T: int64 [T], rotary position of each row.
+    slot_T: int64 [T], where each row's key and value are written: page * P + offset.
+    sequence_ids: stable ids, so that kernels and policies can keep state across steps.
+    layers: per-layer layouts for techniques that keep different tokens in different layers.
+    """
+
+    query_start_S1: Tensor
+    kv_len_S: Tensor
+    page_table_SM: Tensor
+    position_T: Tensor
+    slot_T: Tensor
+    page_size: int
+    sequence_ids: tuple[int, ...]
+    layers: Mapping[int, StepLayout] = field(default_factory=dict)
+
+    def layer(self, index: int) -> StepLayout:
+        """The layout that layer ``index`` sees."""
+        return self.layers.get(index, self)
+
+    @property
+    def rows(self) -> int:
+        return int(self.position_T.numel())
+
+    @property
+    def sequences(self) -> int:
+        return len(self.sequence_ids)
+
+    def decode_rows(self) -> Tensor:
+        """bool [S]: sequences that bring exactly one row (decode), not a prefill chunk."""
+        return (self.query_start_S1[1:] - self.query_start_S1[:-1]) == 1
+
+    def row_sequence_T(self) -> Tensor:
+        """int64 [T]: the sequence (0..S-1) of each row."""
+        counts = (self.query_start_S1[1:] - self.query_start_S1[:-1]).long()
+        return torch.repeat_interleave(torch.arange(self.sequences), counts)

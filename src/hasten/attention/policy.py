@@ -1,0 +1,117 @@
+"""Slot ``attention_policy``: which cached tokens a query reads.
+
+A policy sees keys as they are appended (and may keep a per-page *sidecar* for them: codes, min/max,
+latents, which the KV cache allocates, frees, copies on write and shares with the page), keeps state
+across the layers of a step, and answers per layer with a `Selection`. Policies that need the scores of
+a dense pass ask for them with `DenseScores` and receive them in `observe`.
+
+Legend: T rows, S sequences, H query heads, G kv heads, D head size, K selected tokens, N pages, P page size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+
+
+@dataclass(frozen=True)
+class SidecarSpec:
+    """Extra storage per cached token (``per="token"``) or per page, living and dying with the page.
+
+    The cache allocates one tensor per layer: [N, kv_heads, P, *shape] (token) or [N, kv_heads, *shape] (page).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    per: str = "token"
+    layers: tuple[int, ...] | None = None  # None: every layer
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Read every visible token."""
+
+
+@dataclass(frozen=True)
+class DenseScores:
+    """Read every visible token and hand the policy each row's attention mass per cached token.
+
+    The kernel calls ``observe(layer, probs_THL, layout)``; used by policies that reuse a dense layer's choice.
+    """
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Chosen rows read only chosen tokens; all other rows stay dense.
+
+    row_R: int64 [R], rows of the step that are sparse.
+    index_RXK: int32 [R, X, K], token indices (0..kv_len-1) in ascending order; X is G (one choice per kv
+        head, shared by its query heads) or H (per query head).
+    count_RX: int32 [R, X], how many of the K entries are valid.
+    """
+
+    row_R: Tensor
+    index_RXK: Tensor
+    count_RX: Tensor
+
+
+@dataclass(frozen=True)
+class BlockSelection:
+    """Block-sparse attention of prefill rows: block ``b`` covers ``block`` consecutive tokens.
+
+    keep_XQB: bool [X, query blocks, key blocks] for the rows of one sequence; X is 1, G or H. The causal
+    diagonal block must be kept. permutation_XT (optional, int64) reorders rows and keys before blocking.
+    """
+
+    sequence: int
+    block: int
+    keep_XQB: Tensor
+    permutation_XT: Tensor | None = None
+
+
+Selection = Dense | DenseScores | TokenSelection | tuple[BlockSelection, ...]
+
+
+class AttentionPolicy(ABC):
+    """Decides per step and layer which cached tokens the rows read. One instance per loaded model."""
+
+    def sidecars(self) -> tuple[SidecarSpec, ...]:
+        """Storage the policy wants beside the pages. Asked once, before the cache is allocated."""
+        return ()
+
+    def bind(self, sidecars: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Receive the sidecar tensors: name -> layer -> tensor (see `SidecarSpec`). Called once."""
+
+    def begin_step(self, layout: StepLayout) -> None:
+        """Called once per step before the first layer."""
+
+    def on_append(self, layer: int, k_TGD: Tensor, layout: StepLayout) -> None:
+        """The step's keys (as cached) were written at ``layout.slot_T``; update the sidecar."""
+
+    @abstractmethod
+    def select(
+        self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
+    ) -> Selection:
+        """What the rows of this step read in ``layer``."""
+
+    def observe(self, layer: int, probs_THL: Tensor, layout: StepLayout) -> None:
+        """Attention mass of a `DenseScores` layer, [T, H, max kv_len], zero where not visible."""
+
+    def end_step(self, layout: StepLayout) -> None:
+        """Called once per step after the last layer."""
+
+
+class DensePolicy(AttentionPolicy):
+    """The default: every row reads every visible token."""
+
+    def select(
+        self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
+    ) -> Selection:
+        return Dense()

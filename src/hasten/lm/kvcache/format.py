@@ -1,0 +1,76 @@
+"""Slot ``kv_format``: how a page stores keys and values.
+
+Legend: N pages, G kv heads, P page size, D head size, T rows of the step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.attention.layout import HeadShape, KVPages, StepLayout
+
+
+class KVFormat(ABC):
+    """Storage of all layers' pages. Allocated once; pages are named by integer ids shared by all layers."""
+
+    pre_rope: bool = False  # True: keys arrive unrotated and the kernel rotates them when reading
+
+    @abstractmethod
+    def allocate(self, layers: int, pages: int, page_size: int, shape: HeadShape) -> None:
+        """Reserve storage for ``pages`` pages per layer. Called once."""
+
+    @abstractmethod
+    def append(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, layout: StepLayout) -> None:
+        """Write the step's keys and values at ``layout.slot_T``."""
+
+    @abstractmethod
+    def pages(self, layer: int) -> Any:
+        """What the attention kernel reads: `KVPages`, or a format's own type for its own kernel."""
+
+    @abstractmethod
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page in every layer (copy on write)."""
+
+    @abstractmethod
+    def page_bytes(self, layers: int, page_size: int, shape: HeadShape) -> int:
+        """Bytes of one page over all layers, for the memory budget. Callable before ``allocate``."""
+
+
+class PlainKV(KVFormat):
+    """The default: float32 or bfloat16 pages, [N, G, P, D] per layer for keys and for values."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"KV pages are float32 or bfloat16, not {dtype}")
+        self.dtype = dtype
+        self.layers: list[KVPages] = []
+
+    def allocate(self, layers: int, pages: int, page_size: int, shape: HeadShape) -> None:
+        size = (pages, shape.kv_heads, page_size, shape.size)
+        # Uninitialised on purpose: a page is written before it is read, and untouched pages cost no memory.
+        self.layers = [
+            KVPages(torch.empty(size, dtype=self.dtype), torch.empty(size, dtype=self.dtype))
+            for _ in range(layers)
+        ]
+
+    def append(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, layout: StepLayout) -> None:
+        pages = self.layers[layer]
+        page_T = layout.slot_T // layout.page_size
+        offset_T = layout.slot_T % layout.page_size
+        pages.k_NGPD[page_T, :, offset_T] = k_TGD.to(self.dtype)
+        pages.v_NGPD[page_T, :, offset_T] = v_TGD.to(self.dtype)
+
+    def pages(self, layer: int) -> KVPages:
+        return self.layers[layer]
+
+    def copy_page(self, source: int, target: int) -> None:
+        for pages in self.layers:
+            pages.k_NGPD[target] = pages.k_NGPD[source]
+            pages.v_NGPD[target] = pages.v_NGPD[source]
+
+    def page_bytes(self, layers: int, page_size: int, shape: HeadShape) -> int:
+        return 2 * layers * shape.kv_heads * page_size * shape.size * self.dtype.itemsize
