@@ -16,24 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hasten.models.config import AttentionSpec, HeadShape
 
-@dataclass(frozen=True)
-class HeadShape:
-    """Head counts and sizes of one model's attention. ``heads % kv_heads == 0`` (GQA; equal is MHA)."""
-
-    heads: int
-    kv_heads: int
-    size: int
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What a layer asks of attention besides its inputs."""
-
-    shape: HeadShape
-    scale: float
-    window: int | None = None  # sliding window in tokens (including the query's own), None = all
-    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+__all__ = ["AttentionSpec", "HeadShape", "KVPages", "StepLayout"]
 
 
 @dataclass(frozen=True)
