@@ -1,0 +1,41 @@
+# Two commands set hasten up on a fresh Debian machine with Python 3.11 and g++: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint docs native clean peers
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# constraints.txt pins every dependency; torch comes as the CPU wheel.
+$(STAMP): pyproject.toml constraints.txt native/CMakeLists.txt $(shell find native src -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.toml' -o -name '*.html' 2>/dev/null) | $(BIN)/python
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "hasten needs a C++20 compiler: apt-get install g++" >&2; exit 1; }
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt ".[test,lint,docs]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/hasten demo
+
+test: demo
+	$(BIN)/python -m pytest tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+# For development: build the native modules in place, beside the Python sources.
+native:
+	cmake -S native -B build/native -DPython_EXECUTABLE=$(shell command -v $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)))
+	cmake --build build/native --parallel
+	cmake --install build/native --prefix src
+
+clean:
+	rm -rf build dist site $(VENV)
