@@ -71,6 +71,12 @@ class IntegrityError(ModelError):
     """Bytes that do not match their recorded SHA-256, or weights that hold NaN or infinity."""
 
 
+class FetchError(HastenError):
+    """A file that could not be fetched: no network, no such package, disk full, no permission."""
+
+    exit_code = 4
+
+
 class ArtefactError(HastenError):
     """A computed or trained artefact whose fingerprint does not match what it is used with."""
 
