@@ -48,7 +48,11 @@ class SamplingParams:
         need(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "must be 0 (off) or more")
         need(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         need(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "must be in 0..1")
-        need(finite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "must be > 0")
+        need(
+            finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "must be > 0",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             need(finite(getattr(self, name)), name, "must be a finite number")
         need(isinstance(self.n, int) and 1 <= self.n <= 128, "n", "must be in 1..128")

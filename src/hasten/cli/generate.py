@@ -1,0 +1,85 @@
+"""`hasten generate`: one prompt in, text (streamed) or one JSON object out."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hasten.cli import common
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    model: common.Model = None,
+    use: common.Use = None,
+    plan: common.PlanFile = None,
+    dtype: common.Dtype = None,
+    max_tokens: common.MaxTokens = 256,
+    temperature: common.Temperature = 0.0,
+    top_k: common.TopK = 0,
+    top_p: common.TopP = 1.0,
+    min_p: common.MinP = 0.0,
+    seed: common.Seed = None,
+    stop: common.Stop = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end token.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message (not with --raw).")] = None,
+    as_json: common.AsJson = False,
+) -> None:
+    """Generate from a prompt.
+
+    Examples:
+
+      hasten generate "Name three rivers in Europe."
+
+      hasten generate "def fib(n):" --raw --max-tokens 64 --dtype float32 --json
+
+      cat notes.txt | hasten generate - --use adamas:budget=256
+    """
+    from hasten.core.errors import RequestError
+    from hasten.lm.request import SamplingParams
+
+    text = common.read_prompt(prompt)
+    if raw and system is not None:
+        raise RequestError("--system needs the chat template; drop --raw or --system")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    chosen = common.make_plan(model, use, plan, dtype)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    with common.open_llm(chosen) as llm:
+        if as_json:
+            completion = llm.generate([text], params)[0] if raw else llm.chat(messages, params)
+            timing = completion.timing
+            common.print_json(
+                {
+                    "model": chosen.model,
+                    "plan": chosen.to_dict(),
+                    "prompt_token_ids": list(completion.prompt_token_ids),
+                    "token_ids": list(completion.token_ids),
+                    "text": completion.text,
+                    "finish_reason": str(completion.samples[0].finish),
+                    "timing": {
+                        "queue": timing.queue,
+                        "first_token": timing.first_token,
+                        "total": timing.total,
+                        "unit": "s",
+                    },
+                }
+            )
+            return
+        stream = llm.stream(text, params) if raw else llm.chat(messages, params, stream=True)
+        for delta in stream:
+            print(delta.text, end="", flush=True)
+        print()
