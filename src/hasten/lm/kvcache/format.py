@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.attention.layout import HeadShape, KVPages, StepLayout
+from hasten.core.errors import UnsupportedError
 
 
 class KVFormat(ABC):
@@ -35,6 +36,14 @@ class KVFormat(ABC):
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page in every layer (copy on write)."""
 
+    def read_page(self, page: int) -> list[Tensor]:
+        """A page's content over all layers, as tensors of the format's own making (for tiers and files)."""
+        raise UnsupportedError(f"{type(self).__name__} pages cannot be moved out of the cache")
+
+    def write_page(self, page: int, content: list[Tensor]) -> None:
+        """Fill a page with what `read_page` gave."""
+        raise UnsupportedError(f"{type(self).__name__} pages cannot be moved into the cache")
+
     @abstractmethod
     def page_bytes(self, layers: int, page_size: int, shape: HeadShape) -> int:
         """Bytes of one page over all layers, for the memory budget. Callable before ``allocate``."""
@@ -48,6 +57,7 @@ class PlainKV(KVFormat):
             raise ValueError(f"KV pages are float32 or bfloat16, not {dtype}")
         self.dtype = dtype
         self.layers: list[KVPages] = []
+        self._slots: tuple[StepLayout | None, Tensor | None, Tensor | None] = (None, None, None)
 
     def allocate(self, layers: int, pages: int, page_size: int, shape: HeadShape) -> None:
         size = (pages, shape.kv_heads, page_size, shape.size)
@@ -59,8 +69,10 @@ class PlainKV(KVFormat):
 
     def append(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, layout: StepLayout) -> None:
         pages = self.layers[layer]
-        page_T = layout.slot_T // layout.page_size
-        offset_T = layout.slot_T % layout.page_size
+        known, page_T, offset_T = self._slots
+        if known is not layout:  # the same for all layers of a step
+            page_T, offset_T = layout.slot_T // layout.page_size, layout.slot_T % layout.page_size
+            self._slots = (layout, page_T, offset_T)
         pages.k_NGPD[page_T, :, offset_T] = k_TGD.to(self.dtype)
         pages.v_NGPD[page_T, :, offset_T] = v_TGD.to(self.dtype)
 
@@ -71,6 +83,16 @@ class PlainKV(KVFormat):
         for pages in self.layers:
             pages.k_NGPD[target] = pages.k_NGPD[source]
             pages.v_NGPD[target] = pages.v_NGPD[source]
+
+    def read_page(self, page: int) -> list[Tensor]:
+        return [torch.stack([kv.k_NGPD[page], kv.v_NGPD[page]]) for kv in self.layers]
+
+    def write_page(self, page: int, content: list[Tensor]) -> None:
+        if len(content) != len(self.layers):
+            raise ValueError(f"page content has {len(content)} layers, the cache {len(self.layers)}")
+        for kv, (key_GPD, value_GPD) in zip(self.layers, content, strict=True):
+            kv.k_NGPD[page] = key_GPD
+            kv.v_NGPD[page] = value_GPD
 
     def page_bytes(self, layers: int, page_size: int, shape: HeadShape) -> int:
         return 2 * layers * shape.kv_heads * page_size * shape.size * self.dtype.itemsize
