@@ -42,3 +42,6 @@ class AttentionKernel(ABC):
         ``observe(layer, probs_THL, layout)`` is called for a `DenseScores` selection.
         Raises `UnsupportedError` for a selection type it cannot read.
         """
+
+    def forget(self, sequence_id: int) -> None:
+        """The sequence has ended; drop what was kept for it."""

@@ -107,6 +107,9 @@ class AttentionPolicy(ABC):
     def end_step(self, layout: StepLayout) -> None:
         """Called once per step after the last layer."""
 
+    def forget(self, sequence_id: int) -> None:
+        """The sequence has ended; drop what was kept for it."""
+
 
 class DensePolicy(AttentionPolicy):
     """The default: every row reads every visible token."""

@@ -42,3 +42,6 @@ class LayerHook(ABC):
     def skip(self, layer: int, layout: StepLayout) -> tuple[bool, bool]:
         """(skip attention, skip MLP) of ``layer`` for the whole step."""
         return False, False
+
+    def forget(self, sequence_id: int) -> None:
+        """The sequence has ended; drop what was kept for it."""

@@ -1,0 +1,66 @@
+"""Storage that an attention policy keeps beside the KV pages (`SidecarSpec`): same page ids, same life.
+
+Legend: N pages, G kv heads, P page size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hasten.attention.policy import SidecarSpec
+from hasten.core.errors import UnsupportedError
+from hasten.models.config import HeadShape
+
+
+def page_bytes(specs: Sequence[SidecarSpec], layers: int, page_size: int, shape: HeadShape) -> int:
+    """Bytes that all sidecars of one page take, over all layers."""
+    total = 0
+    for spec in specs:
+        count = layers if spec.layers is None else len(spec.layers)
+        total += count * _numel(_page_shape(spec, page_size, shape)) * spec.dtype.itemsize
+    return total
+
+
+class Sidecars:
+    """The tensors: ``tensors[name][layer]`` is [N, G, P, *shape] (per token) or [N, G, *shape] (per page).
+
+    Content starts undefined, like a page: what a policy reads it has written in `on_append`.
+    """
+
+    def __init__(
+        self, specs: Sequence[SidecarSpec], layers: int, pages: int, page_size: int, shape: HeadShape
+    ) -> None:
+        self.tensors: dict[str, dict[int, Tensor]] = {}
+        for spec in specs:
+            if spec.name in self.tensors:
+                raise UnsupportedError(f"two sidecars are called {spec.name!r}; give them different names")
+            size = (pages, *_page_shape(spec, page_size, shape))
+            chosen = range(layers) if spec.layers is None else spec.layers
+            self.tensors[spec.name] = {layer: torch.empty(size, dtype=spec.dtype) for layer in chosen}
+
+    @property
+    def by_name(self) -> Mapping[str, Mapping[int, Tensor]]:
+        return self.tensors
+
+    def copy_page(self, source: int, target: int) -> None:
+        for layers in self.tensors.values():
+            for tensor in layers.values():
+                tensor[target] = tensor[source]
+
+
+def _page_shape(spec: SidecarSpec, page_size: int, shape: HeadShape) -> tuple[int, ...]:
+    if spec.per == "token":
+        return (shape.kv_heads, page_size, *spec.shape)
+    if spec.per == "page":
+        return (shape.kv_heads, *spec.shape)
+    raise UnsupportedError(f"sidecar {spec.name!r}: per = {spec.per!r} must be 'token' or 'page'")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out
