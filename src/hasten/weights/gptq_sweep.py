@@ -1,0 +1,224 @@
+"""The GPTQ column sweep: round one input column at a time, pushing its error into the columns not yet rounded.
+
+All output rows go in parallel; columns go in order, in lazily updated blocks (section 3.3, step 2). With
+(H + damping I)^-1 = U^T U (see `hasten.weights.hessian`):
+
+    q_j = grid(w_j);  e_j = (w_j - q_j) / U_jj;  w_k -= e_j U_jk for k > j
+
+Inside a block of B columns only the block is updated; the rest follows with one matrix product per block.
+Blocks are cut so that a group always starts where every one of its columns is up to date: the blocked and the
+unblocked sweep then do the same arithmetic even when groups are refitted on compensated weights.
+Source: GPTQ (arXiv 2210.17323), algorithm 1.
+
+Legend: I inputs (columns), O outputs (rows), G groups, K columns of a slice, B columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.core.errors import IntegrityError, SettingError, UnsupportedError
+from hasten.weights.gptq_grid import Grid
+from hasten.weights.hessian import Factor, inverse_factor, quadratic
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight on a grid. codes_OI: uint8. a_OG, b_OG: float32 grid parameters of each row's groups.
+
+    group_I: int64, the group of every input column; ``i // group_size`` unless columns were reordered.
+    """
+
+    grid: Grid
+    codes_OI: Tensor
+    a_OG: Tensor
+    b_OG: Tensor
+    group_I: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The exact float32 weight [O, I]."""
+        a_OI, b_OI = self.a_OG[:, self.group_I], self.b_OG[:, self.group_I]
+        return self.grid.decode(self.codes_OI.to(torch.float32), a_OI, b_OI)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether groups are runs of neighbouring columns (no gather at run time)."""
+        return bool((self.group_I.diff() >= 0).all())
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """The output rows [start, stop) as a weight of their own (a part of a fused layer)."""
+        return QuantizedWeight(
+            self.grid, self.codes_OI[start:stop], self.a_OG[start:stop], self.b_OG[start:stop], self.group_I
+        )
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What one layer's quantisation did.
+
+    loss: sum of (w - q)^2 / (2 U_jj^2), equal to tr(D (H + damping) D^T) / 2.
+    error, rtn_error: tr(D H D^T) / tr(W H W^T) of GPTQ and of plain rounding on the same grid: the share of the
+    layer's mean squared output that is lost on the calibration data.
+    percdamp: the dampening that was used. dead: inputs that never fired.
+    """
+
+    loss: float
+    error: float
+    rtn_error: float
+    percdamp: float
+    dead: int
+
+
+def group_count(inputs: int, group_size: int | None) -> int:
+    """Groups of one row; a last group shorter than ``group_size`` counts."""
+    return 1 if group_size is None else -(-inputs // group_size)
+
+
+def _spans(inputs: int, group: int, block: int) -> Iterator[tuple[int, int]]:
+    """Blocks of at most ``block`` columns: whole groups when one fits, else pieces that end where a group does."""
+    start = 0
+    whole = block // group * group
+    while start < inputs:
+        stop = start + whole if whole else min(start + block, (start // group + 1) * group)
+        yield start, min(stop, inputs)
+        start = stop
+
+
+def _check(w_OI: Tensor, group_size: int | None, blocksize: int) -> None:
+    if w_OI.dim() != 2 or 0 in w_OI.shape:
+        raise UnsupportedError(f"GPTQ needs a non-empty weight [outputs, inputs], not {tuple(w_OI.shape)}")
+    if group_size is not None and group_size < 1:
+        raise SettingError(f"gptq.group_size = {group_size}: must be positive, or None for one group per row")
+    if blocksize < 1:
+        raise SettingError(f"gptq.blocksize = {blocksize}: must be positive")
+    if not torch.isfinite(w_OI).all():
+        raise IntegrityError("the weights hold NaN or infinity; the checkpoint is damaged")
+
+
+def _fit_groups(w_IO: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:
+    """Parameters [G, O] of runs of ``group`` neighbouring columns."""
+    fitted = [grid.fit(part_KO) for part_KO in w_IO.split(group)]
+    return torch.stack([a_O for a_O, _ in fitted]), torch.stack([b_O for _, b_O in fitted])
+
+
+def round_to_nearest(w_OI: Tensor, grid: Grid, group_size: int | None = None) -> QuantizedWeight:
+    """Plain rounding (RTN) of a float32 weight [O, I]: the baseline on the same grid."""
+    _check(w_OI, group_size, 1)
+    inputs = w_OI.shape[1]
+    group = inputs if group_size is None else min(group_size, inputs)
+    w_IO = w_OI.to(torch.float32).t().contiguous()
+    a_GO, b_GO = _fit_groups(w_IO, grid, group)
+    group_I = torch.arange(inputs) // group
+    codes_IO = torch.cat(
+        [
+            grid.encode(part_KO, a_GO[g], b_GO[g]).to(torch.uint8)
+            for g, part_KO in enumerate(w_IO.split(group))
+        ]
+    )
+    return QuantizedWeight(
+        grid, codes_IO.t().contiguous(), a_GO.t().contiguous(), b_GO.t().contiguous(), group_I
+    )
+
+
+def sweep(
+    w_OI: Tensor,
+    factor: Factor,
+    grid: Grid,
+    group_size: int | None = None,
+    *,
+    blocksize: int = 128,
+    perm_I: Tensor | None = None,
+    static_groups: bool = False,
+) -> tuple[QuantizedWeight, float]:
+    """Quantise ``w_OI`` with a factor of the (permuted) Hessian; return the weight and the loss.
+
+    perm_I: order in which columns are visited; ``factor`` must be of H[perm][:, perm]. Without
+    ``static_groups`` a group is a run of *visited* columns and its parameters are fitted when the sweep reaches
+    it; with it, groups are runs of columns as stored, fitted on the original weight.
+    Raises `IntegrityError` on NaN, `UnsupportedError` when shapes do not match.
+    """
+    _check(w_OI, group_size, blocksize)
+    outputs, inputs = w_OI.shape
+    if factor.upper_II.shape != (inputs, inputs):
+        raise UnsupportedError(
+            f"a factor of {factor.upper_II.shape[0]} inputs cannot quantise a weight of {inputs} inputs"
+        )
+    group = inputs if group_size is None else min(group_size, inputs)
+    order_I = torch.arange(inputs) if perm_I is None else perm_I
+    w_IO = w_OI.to(torch.float32)[:, order_I].t().contiguous()
+    w_IO[factor.dead_I] = 0
+    upper_II, diagonal = factor.upper_II, factor.upper_II.diagonal().tolist()
+    groups = group_count(inputs, group)
+    fixed = static_groups or group == inputs  # one group per row is fitted before the sweep in any case
+    if fixed:
+        original_IO = torch.empty_like(w_IO)
+        original_IO[order_I] = w_IO
+        a_GO, b_GO = _fit_groups(original_IO, grid, group)
+        group_of_visit = (order_I // group).tolist()
+    else:
+        a_GO, b_GO = torch.empty(groups, outputs), torch.empty(groups, outputs)
+        group_of_visit = (torch.arange(inputs) // group).tolist()
+    codes_IO = torch.empty(inputs, outputs, dtype=torch.uint8)
+    loss = 0.0
+    for start, stop in _spans(inputs, inputs if fixed else group, blocksize):
+        error_BO = torch.empty(stop - start, outputs)
+        for j in range(start, stop):
+            g = group_of_visit[j]
+            if not fixed and j % group == 0:
+                a_GO[g], b_GO[g] = grid.fit(w_IO[j : j + group])
+            code_O = grid.encode(w_IO[j], a_GO[g], b_GO[g])
+            codes_IO[j] = code_O
+            error_O = error_BO[j - start]
+            torch.sub(w_IO[j], grid.decode(code_O, a_GO[g], b_GO[g]), out=error_O).div_(diagonal[j])
+            if j + 1 < stop:
+                w_IO[j + 1 : stop].addr_(upper_II[j, j + 1 : stop], error_O, alpha=-1)
+        if stop < inputs:
+            w_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), error_BO, alpha=-1)
+        loss += 0.5 * float(error_BO.square().sum(dtype=torch.float64))
+    stored_IO = torch.empty_like(codes_IO)
+    stored_IO[order_I] = codes_IO
+    group_I = torch.empty(inputs, dtype=torch.int64)
+    group_I[order_I] = torch.tensor(group_of_visit)
+    weight = QuantizedWeight(
+        grid, stored_IO.t().contiguous(), a_GO.t().contiguous(), b_GO.t().contiguous(), group_I
+    )
+    return weight, loss
+
+
+def quantize(
+    w_OI: Tensor,
+    hessian_II: Tensor,
+    grid: Grid,
+    group_size: int | None = None,
+    *,
+    act_order: bool = False,
+    static_groups: bool = False,
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+) -> tuple[QuantizedWeight, SweepReport]:
+    """GPTQ of one float32 weight [O, I] under the Hessian [I, I] of its inputs, and how well it went.
+
+    act_order: visit columns by falling diag(H), so that the inputs that matter most are rounded while there
+    is still something left to compensate with. See `sweep`, `inverse_factor` for the errors raised.
+    """
+    _check(w_OI, group_size, blocksize)
+    perm_I = torch.argsort(hessian_II.diagonal(), descending=True, stable=True) if act_order else None
+    swept_II = hessian_II if perm_I is None else hessian_II[perm_I][:, perm_I]
+    factor = inverse_factor(swept_II, percdamp)
+    weight, loss = sweep(
+        w_OI, factor, grid, group_size, blocksize=blocksize, perm_I=perm_I, static_groups=static_groups
+    )
+    w_OI = w_OI.to(torch.float32)
+    power = quadratic(w_OI, hessian_II) or 1.0
+    nearest = round_to_nearest(w_OI, grid, group_size)
+    return weight, SweepReport(
+        loss=loss,
+        error=quadratic(w_OI - weight.dequantize(), hessian_II) / power,
+        rtn_error=quadratic(w_OI - nearest.dequantize(), hessian_II) / power,
+        percdamp=factor.percdamp,
+        dead=int(factor.dead_I.sum()),
+    )
