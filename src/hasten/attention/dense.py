@@ -1,0 +1,149 @@
+"""`DenseKernel`: the default attention kernel. Exact; reads what the policy chose, straight from the pages.
+
+The plan holds the step's rows and, per kind of layer (head counts, sliding window) and per choice of sparse rows, one
+balanced piece list, made when a layer first asks for it and shared by all layers that ask for the same.
+
+Legend: T rows, S sequences, H query heads, G kv heads, D head size, L cached tokens, X heads of a selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.attention.kernel import AttentionKernel
+from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+from hasten.attention.pieces import (
+    PiecePlan,
+    Pieces,
+    Rows,
+    balance,
+    finish,
+    sequence_pieces,
+    windowed,
+    without_rows,
+)
+from hasten.attention.policy import Dense, DenseScores, Selection, TokenSelection
+from hasten.core.errors import UnsupportedError
+from hasten.kernels.attention import attend_tokens
+
+
+@dataclass(eq=False)
+class DensePlan:
+    """Work of one step: its rows, its pieces, and the balanced lists made so far."""
+
+    rows: Rows
+    pieces: Pieces
+    parts: dict[Hashable, PiecePlan] = field(default_factory=dict)
+    tables: dict[bytes, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.rows.limit_T)
+
+    def part(self, spec: AttentionSpec, sparse: bytes = b"") -> PiecePlan:
+        """The balanced piece list for ``spec`` without the rows ``sparse`` (int64 bytes)."""
+        threads = torch.get_num_threads()
+        key = (spec.shape.heads, spec.shape.kv_heads, spec.window, threads, sparse)
+        found = self.parts.get(key)
+        if found is None:
+            pieces = windowed(self.pieces, self.rows.limit_T, spec.window)
+            if sparse:
+                pieces = without_rows(pieces, np.frombuffer(sparse, np.int64), self.count)
+            pieces = balance(pieces, self.rows.page, spec.shape.heads, spec.shape.kv_heads, threads)
+            found = self.parts[key] = finish(pieces, self.count)
+        return found
+
+
+class DenseKernel(AttentionKernel):
+    """One piece per sequence, cut over the context when there are fewer sequences than work for the threads."""
+
+    def plan(self, layout: StepLayout) -> DensePlan:
+        rows = Rows.of(layout)
+        return DensePlan(rows, self.pieces(rows, layout))
+
+    def pieces(self, rows: Rows, layout: StepLayout) -> Pieces:
+        """How the rows share the pages; subclasses share more."""
+        return sequence_pieces(rows)
+
+    def run(
+        self,
+        plan: DensePlan,
+        layer: int,
+        q_THD: Tensor,
+        pages: KVPages,
+        layout: StepLayout,
+        spec: AttentionSpec,
+        selection: Selection,
+        observe: Any = None,
+    ) -> Tensor:
+        if isinstance(selection, Dense):
+            return plan.part(spec).attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)[0]
+        if isinstance(selection, TokenSelection):
+            return self._tokens(plan, q_THD, pages, layout, spec, selection)
+        if isinstance(selection, DenseScores):
+            out, lse = plan.part(spec).attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)
+            if observe is not None:
+                observe(layer, scores(q_THD, lse, pages, layout, spec), layout)
+            return out
+        raise UnsupportedError(f"{type(self).__name__} cannot read a {type(selection).__name__}")
+
+    def _tokens(
+        self,
+        plan: DensePlan,
+        q_THD: Tensor,
+        pages: KVPages,
+        layout: StepLayout,
+        spec: AttentionSpec,
+        selection: TokenSelection,
+    ) -> Tensor:
+        row = selection.row_R
+        key = row.numpy().tobytes()
+        table = plan.tables.get(key)
+        if table is None:
+            table = plan.tables[key] = layout.page_table_SM[layout.row_sequence_T()[row]].contiguous()
+        every = row.numel() == plan.count  # rows are distinct, so all of them, in order
+        chosen, _ = attend_tokens(
+            q_THD if every else q_THD[row],
+            pages.k_NGPD,
+            pages.v_NGPD,
+            table,
+            selection.index_RXK,
+            selection.count_RX,
+            spec.scale,
+            spec.softcap,
+        )
+        if every:
+            return chosen
+        out, _ = plan.part(spec, key).attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)
+        out[row] = chosen
+        return out
+
+
+def scores(q_THD: Tensor, lse_TH: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec) -> Tensor:
+    """probs_THL [T, H, max kv_len]: each row's attention mass per cached token, zero where not visible."""
+    rows = Rows.of(layout)
+    heads, groups = spec.shape.heads, spec.shape.kv_heads
+    longest = int(layout.kv_len_S.max()) if layout.sequences else 0
+    probs = torch.zeros(q_THD.shape[0], heads, longest)
+    limit = torch.from_numpy(rows.limit_T)
+    for s in range(layout.sequences):  # ragged: one dense product per sequence
+        begin, end, length = int(rows.start_S1[s]), int(rows.start_S1[s + 1]), int(rows.length_S[s])
+        ids = layout.page_table_SM[s, : -(-length // layout.page_size)].long()
+        k = pages.k_NGPD[ids].transpose(0, 1).reshape(groups, -1, q_THD.shape[2])[:, :length].float()
+        q = q_THD[begin:end].reshape(end - begin, groups, heads // groups, -1)
+        logits = torch.einsum("tgrd,gld->tgrl", q, k).reshape(end - begin, heads, length) * spec.scale
+        if spec.softcap is not None:
+            logits = spec.softcap * torch.tanh(logits / spec.softcap)
+        span = torch.arange(length)
+        seen = span < limit[begin:end, None]
+        if spec.window is not None:
+            seen &= span >= limit[begin:end, None] - spec.window
+        mass = torch.exp(logits - lse_TH[begin:end, :, None])
+        probs[begin:end, :, :length] = mass.masked_fill(~seen[:, None], 0.0)
+    return probs
