@@ -31,7 +31,7 @@ def eliminate(w_OI, hessian_II, grid, group_size, percdamp=0.01, order=None):
     Shares no code with the sweep but the grid: no Cholesky factor, no blocks, float64.
     """
     w, h = w_OI.double().clone(), hessian_II.double().clone()
-    outputs, inputs = w.shape
+    inputs = w.shape[1]
     h += percdamp * h.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
     inverse = torch.linalg.inv(h)
     group = inputs if group_size is None else group_size
