@@ -43,11 +43,14 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside a wheel: ``requirement`` is ``package==version``, ``path`` its name in the archive."""
+    """A file inside a wheel: ``requirement`` is ``package==version``, ``path`` its name in the archive.
+
+    ``path`` None is the wheel itself. ``platform`` is the wheel's platform tag, None when it fits any.
+    """
 
     requirement: str
-    path: str
-    platform: str | None = None  # wheel platform tag; None: a wheel for any platform
+    path: str | None
+    platform: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def fetch(asset: Asset, target: Path, *, source: Path | None = None, quiet: bool
     console = Console(stderr=True, quiet=quiet)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(asset, target, console):
+        with locked(target, asset.name, console):
             _remove_stale(target)
             if target.is_file() and target.stat().st_size == asset.size:
                 return target
@@ -184,6 +187,10 @@ class _Assembly:
         return done
 
     def _append(self, wheel: Path, member: Member, advance: Callable[[int], None]) -> None:
+        if member.path is None:
+            with wheel.open("rb") as read, self.partial.open("ab") as write:
+                _copy(read, write, advance)
+            return
         try:
             with (
                 zipfile.ZipFile(wheel) as archive,
@@ -293,12 +300,13 @@ def _disk_error(asset: Asset, target: Path, error: OSError) -> FetchError:
 
 
 @contextlib.contextmanager
-def _locked(asset: Asset, target: Path, console: Console) -> Iterator[None]:
+def locked(target: Path, name: str, console: Console) -> Iterator[None]:
+    """Hold the lock beside ``target``; when another process has it, say so and wait."""
     lock = filelock.FileLock(str(target) + ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        console.print(f"{asset.name}: another process is fetching it; waiting for that to finish")
+        console.print(f"{name}: another process is fetching it; waiting for that to finish")
         lock.acquire()
     try:
         yield
