@@ -1,0 +1,1 @@
+"""Paired timing, statistics, memory, result store, report. See `hasten.measure.comparison.compare`."""
