@@ -40,8 +40,9 @@ def sections(document: Document) -> Iterator[Section]:
     """The sections of ``document`` that open with a paragraph of 160 to 1600 characters of prose."""
     headings = list(_HEADING.finditer(document.text))
     title = headings[0].group(1) if headings else document.name
-    for found, after in zip(headings, [*headings[1:], None], strict=True):
-        body = document.text[found.end() : after.start() if after else None]
+    for number, found in enumerate(headings):
+        after = headings[number + 1].start() if number + 1 < len(headings) else None
+        body = document.text[found.end() : after]
         passage = next((part for part in body.split("\n\n") if part.strip()), "").strip("\n")
         if passage[:1].isupper() and _MIN_CHARACTERS <= len(passage) <= _MAX_CHARACTERS:
             yield Section(document.name, title, found.group(1), " ".join(passage.split()))
