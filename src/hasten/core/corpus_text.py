@@ -124,7 +124,7 @@ _DIRECTIVE = re.compile(r"( *)\.\. +([A-Za-z][A-Za-z0-9_-]*)::(?: +(.*))?")
 _LINK_ROLE = re.compile(r":(?:ref|doc|guilabel|term):`([^`]+?)(?: +<[^`]*>)?`")
 _ROLE = re.compile(r":[A-Za-z_:]+:`([^`]+?)(?: +<[^`]*>)?`")
 _REFERENCE = re.compile(r"`([^`]+?)(?: +<[^`]*>)?`__?")
-_UNDERLINE = re.compile(r"([=\-^\"'~*#+.`:])\1{2,}")
+_UNDERLINE = re.compile(r"([=\-^\"'~*#+])\1+")
 _DROPPED = {"contents", "toctree", "only", "cmake-module", "include", "code-block", "parsed-literal"}
 _DROPPED |= {"highlight", "productionlist", "table", "list-table", "literalinclude", "tabs", "group-tab"}
 _WORDS = {
@@ -140,21 +140,22 @@ _WORDS = {
 def cmake_documents(wheel: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
     """(name, text) of every page of the manual that says more than a few sentences."""
     names = set(wheel.namelist())
-    for path in sorted(names):
-        page = _HELP.fullmatch(path)
-        if page is None or "/include/" in path:
-            continue
-        text = rst_to_text(_included(wheel, names, path, depth=0))
-        if len(text) >= MIN_CHARACTERS:
-            yield f"cmake/{page.group(1)}", text
+    pages = {path: page.group(1) for path in sorted(names) if (page := _HELP.fullmatch(path))}
+    texts = {path: _included(wheel, names, path) for path in pages}
+    parts = {part for _, included in texts.values() for part in included}
+    for path, (text, _) in texts.items():
+        text = rst_to_text(text)
+        if path not in parts and len(text) >= MIN_CHARACTERS:
+            yield f"cmake/{pages[path]}", text
 
 
-def _included(wheel: zipfile.ZipFile, names: set[str], path: str, depth: int) -> str:
-    """The page at ``path`` with the files that it includes put in their place."""
+def _included(wheel: zipfile.ZipFile, names: set[str], path: str, depth: int = 0) -> tuple[str, set[str]]:
+    """The page at ``path`` with the files that it includes put in their place, and the paths of those."""
     text = wheel.read(path).decode("utf-8")
     if path.endswith(".cmake"):
         text = "\n".join(block for _, block in _MODULE_TEXT.findall(text))
-    lines = []
+    lines: list[str] = []
+    included: set[str] = set()
     for line in text.split("\n"):
         found = _DIRECTIVE.fullmatch(line)
         if found is not None and found.group(2) in ("include", "cmake-module") and depth < 3:
@@ -162,11 +163,12 @@ def _included(wheel: zipfile.ZipFile, names: set[str], path: str, depth: int) ->
                 posixpath.join(posixpath.dirname(path), (found.group(3) or "").strip())
             )
             if target in names:
-                inner = _included(wheel, names, target, depth + 1)
+                inner, deeper = _included(wheel, names, target, depth + 1)
                 lines += [found.group(1) + part for part in inner.split("\n")]
+                included |= {target, *deeper}
         else:
             lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines), included
 
 
 def rst_to_text(text: str) -> str:
