@@ -27,7 +27,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding of a layer. ``scaling`` is the checkpoint's dictionary (type, factor, ...), or None."""
+    """Rotary embedding of a layer. ``scaling`` is the checkpoint's dictionary (``rope_type``, factor, ...)."""
 
     theta: float
     size: int  # rotated dimensions
@@ -54,7 +54,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sandwich_norm: bool = False  # Gemma: norms after attention and after the MLP too
-    norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
+    norm_offset: float = 0.0  # what the reader adds to stored norm weights: Gemma multiplies by (1 + w)
     embedding_scale: float = 1.0
     attention_scale: float | None = None  # None: 1 / sqrt(head size)
     attention_softcap: float | None = None
@@ -80,3 +80,36 @@ class DecoderConfig:
     def rope_of(self, layer: int) -> RopeSpec:
         """The rotary embedding of ``layer``."""
         return self.local_rope if self.local_rope is not None and self.slides(layer) else self.rope
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor a checkpoint of this model holds, by hasten name, unfused, with its shape.
+
+        A tied LM head is not listed: it is ``embed_tokens.weight``.
+        """
+        hidden, inner, shape = self.hidden_size, self.intermediate_size, self.shape
+        query, key = shape.heads * shape.size, shape.kv_heads * shape.size
+        linears: dict[str, tuple[int, int, bool]] = {
+            "q_proj": (query, hidden, self.qkv_bias),
+            "k_proj": (key, hidden, self.qkv_bias),
+            "v_proj": (key, hidden, self.qkv_bias),
+            "o_proj": (hidden, query, self.o_bias),
+            "gate_proj": (inner, hidden, self.mlp_bias),
+            "up_proj": (inner, hidden, self.mlp_bias),
+            "down_proj": (hidden, inner, self.mlp_bias),
+        }
+        layer: dict[str, tuple[int, ...]] = {"input_norm.weight": (hidden,), "mlp_norm.weight": (hidden,)}
+        if self.qk_norm:
+            layer |= {"q_norm.weight": (shape.size,), "k_norm.weight": (shape.size,)}
+        if self.sandwich_norm:
+            layer |= {"post_attention_norm.weight": (hidden,), "post_mlp_norm.weight": (hidden,)}
+        for name, (outputs, inputs, biased) in linears.items():
+            layer[f"{name}.weight"] = (outputs, inputs)
+            if biased:
+                layer[f"{name}.bias"] = (outputs,)
+        tensors: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, hidden)}
+        for index in range(self.num_layers):
+            tensors |= {f"layers.{index}.{name}": size for name, size in layer.items()}
+        tensors["norm.weight"] = (hidden,)
+        if not self.tie_embeddings:
+            tensors["lm_head.weight"] = (self.vocab_size, hidden)
+        return tensors
