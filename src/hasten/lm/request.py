@@ -57,7 +57,10 @@ class SamplingParams:
             need(finite(getattr(self, name)), name, "must be a finite number")
         need(isinstance(self.n, int) and 1 <= self.n <= 128, "n", "must be in 1..128")
         need(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", "must be in 0..100")
+        need(not isinstance(self.stop, str), "stop", "must be a tuple of strings")
         need(all(isinstance(s, str) and s for s in self.stop), "stop", "must be non-empty strings")
+        need(self.seed is None or isinstance(self.seed, int), "seed", "must be an integer")
+        need(all(finite(bias) for bias in self.logit_bias.values()), "logit_bias", "must be finite numbers")
 
 
 class FinishReason(enum.StrEnum):
@@ -87,6 +90,24 @@ class Delta:
     finish: FinishReason | None = None
 
 
+@dataclass
+class Ledger:
+    """Tokens that a request cost so far, over all its samples.
+
+    prompt: given. cached: prompt tokens whose pages existed. computed: rows run, recomputation and rejected drafts
+    included. generated: committed to outputs. drafted / accepted: proposed by a drafter, and kept. preemptions: times a
+    sample lost its pages and was computed again.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    computed: int = 0
+    generated: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    preemptions: int = 0
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds, measured by the engine with a monotonic clock."""
@@ -98,10 +119,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Sample:
+    """What one sample produced. ``token_ids`` holds the end token it stopped at, ``text`` does not.
+
+    ``error`` says why, when ``finish`` is ``error``.
+    """
+
     token_ids: tuple[int, ...]
     text: str
     finish: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True)

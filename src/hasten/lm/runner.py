@@ -1,7 +1,7 @@
 """The runner: one step of the model over a ragged batch of chunks, on the paged KV cache.
 
-Per layer: hooks -> attention (rotate, append to the pages, ask the policy, run the kernel) -> MLP. Then the logits of the
-rows somebody asked for. Without hooks and policies none of their branches is entered.
+Per layer: hooks -> attention (rotate, append to the pages, ask the policy, run the kernel) -> MLP. Then the logits
+of the rows somebody asked for. Without hooks and policies none of their branches is entered.
 
 Where a hook drops rows or skips attention, a layer holds fewer tokens of a sequence than another layer does. Then the
 layer gets its own `StepLayout` (its lengths and slots), built once per step for all layers that agree.
@@ -312,7 +312,7 @@ class _Step:
         missing_L = lack_L + lost_L
         if not missing_L.any():
             return
-        # A layer that has never cached anything can be cut anywhere; one that lacks some tokens only after the last gap.
+        # A layer that has never cached anything can be cut anywhere, one with gaps only after the last gap.
         absent_L = missing_L == kv.length
         if (lost_L[~absent_L] > 0).any():
             kv.floor = kv.length

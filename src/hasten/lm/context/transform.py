@@ -15,7 +15,8 @@ class Prompt:
     token_ids: tokens, set by the tokeniser step if still empty.
     question / contexts: the parts, when the caller named them (retrieval, question answering).
     position_ids: explicit rotary positions, None for 0..n-1.
-    embeddings_TE: rows to use instead of token embeddings (soft prompts), None for none.
+    embeddings_TE: rows to use instead of the embeddings of the first tokens (soft prompts), None for none; the
+        tokens they replace are placeholders.
     """
 
     text: str | None = None

@@ -4,9 +4,9 @@ A sequence's token i lies in ``pages[i // P]`` at offset ``i % P``, in every lay
 in some layers (dropped rows, skipped attention), ``missing[layer]`` counts what that layer lacks: its tokens are packed
 at the front of the same pages, and `StepLayout.layers` tells kernels and policies the layer's own length.
 
-What the cache can do with a sequence: reserve (make slots exist and writable), truncate, fork, snapshot and roll back,
-close. A snapshot also *pins* its pages: they stay until it is released. Recomputing tokens [a, b) in place is an ordinary
-step with `Work.start` = a: `reserve` copies what is shared, the rows overwrite the slots.
+What the cache can do with a sequence: reserve (make slots exist and writable), truncate, fork, snapshot and roll
+back, close. A snapshot also *pins* its pages: they stay until it is released. Recomputing tokens [a, b) in place
+is an ordinary step with `Work.start` = a: `reserve` copies what is shared, the rows overwrite the slots.
 
 Legend: N pages of the pool, M pages per sequence, P page size, L layers.
 """

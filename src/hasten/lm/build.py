@@ -1,0 +1,193 @@
+"""From a plan to a running engine: load the model, ask the techniques for their providers, fill in the defaults."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from hasten.attention.kernel import AttentionKernel
+from hasten.attention.policy import AttentionPolicy
+from hasten.core import paths
+from hasten.core.artefact import ArtefactStore
+from hasten.core.errors import ConflictError, SettingError, UnsupportedError
+from hasten.core.plan import Plan
+from hasten.core.slots import SLOTS
+from hasten.lm.decoding.speculate import ExactVerifier
+from hasten.lm.engine import Engine, Parts
+from hasten.lm.kvcache.cache import KVCache, bytes_of_page, pages_in_budget
+from hasten.lm.kvcache.format import KVFormat, PlainKV
+from hasten.lm.kvcache.prefix import NoPrefixStore, PrefixStore, RadixPrefixStore
+from hasten.lm.runner import Runner
+from hasten.lm.scheduling.continuous import ContinuousBatching
+from hasten.lm.settings import EngineSettings
+from hasten.models import store
+from hasten.models.checkpoint import Checkpoint, load_decoder, open_checkpoint
+from hasten.models.context import BuildContext
+from hasten.models.decoder import Decoder
+from hasten.models.tokenizer import Tokenizer
+from hasten.weights.format import WeightFormat
+
+_DEFAULT_KV_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A plan, loaded."""
+
+    plan: Plan
+    settings: EngineSettings
+    path: Path
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    decoder: Decoder
+    engine: Engine
+
+
+class Providers:
+    """What the plan's techniques provide for one model, checked against the slots' interfaces."""
+
+    def __init__(self, plan: Plan, context: BuildContext) -> None:
+        self.plan, self.context = plan, context
+        for technique in plan.techniques:
+            for name in technique.slots:
+                if SLOTS[name].engine != "lm" or SLOTS[name].interface is None:
+                    raise UnsupportedError(
+                        f"{technique.slug} fills slot {name!r}, which the language-model engine does not have; "
+                        f"remove {technique.slug}"
+                    )
+
+    def all(self, slot: str) -> list[Any]:
+        """Providers of an additive slot, in plan order."""
+        return [self._provide(slot, technique) for technique in self.plan.filling(slot)]
+
+    def one(self, slot: str) -> Any | None:
+        """The provider of an exclusive slot, or None."""
+        found = self.all(slot)
+        return found[0] if found else None
+
+    def _provide(self, slot: str, technique: Any) -> Any:
+        provider = technique.provide(slot, self.context)
+        module, _, name = (SLOTS[slot].interface or "").partition(":")
+        interface = getattr(importlib.import_module(module), name)
+        if not isinstance(provider, interface):
+            raise TypeError(
+                f"{technique.slug} provides a {type(provider).__name__} for slot {slot!r}, not a {name}"
+            )
+        return provider
+
+
+def load(plan: Plan) -> Loaded:
+    """Load the plan's model and build its engine. Raises the plan's, the model's or a technique's error."""
+    plan.check()
+    settings = EngineSettings.of(dict(plan.engine))
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    path = store.resolve(plan.model)
+    checkpoint = open_checkpoint(path)
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer()
+    context = BuildContext(
+        config=config,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        weight_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}.get(plan.dtype),
+        kv_dtype=torch.float32 if plan.dtype == "float32" else torch.bfloat16,
+        # The fingerprint reads the whole file; without techniques nobody asks for an artefact.
+        artefacts=ArtefactStore(
+            paths.home() / "artefacts", checkpoint.fingerprint if plan.techniques else "unused"
+        ),
+        seed=settings.seed,
+    )
+    providers = Providers(plan, context)
+    if plan.filling("expert_router"):
+        raise UnsupportedError(
+            f"{config.family} models have no experts to route to; remove the expert router"
+        )
+    decoder = load_weights(checkpoint, providers.one("weight_format") or default_weight_format(context))
+    policy: AttentionPolicy | None = providers.one("attention_policy")
+    cache = make_cache(settings, context, policy, providers.one("kv_format"), providers.one("prefix_store"))
+    kernel = providers.one("attention_kernel") or default_kernel()
+    runner = Runner(decoder, cache, kernel, policy, providers.all("layer_hook"))
+    drafter, verifier = providers.one("drafter"), providers.one("verifier")
+    if verifier is not None and drafter is None:
+        slug = plan.filling("verifier")[0].slug
+        raise ConflictError(
+            f"{slug} verifies drafts but nothing proposes any; add a drafter or remove {slug}"
+        )
+    parts = Parts(
+        scheduler=providers.one("scheduler") or ContinuousBatching(),
+        transforms=providers.all("prompt_transform"),
+        drafter=drafter,
+        verifier=verifier or ExactVerifier(),
+        stop_policies=providers.all("stop_policy"),
+    )
+    engine = Engine(runner, tokenizer, settings, parts)
+    return Loaded(plan, settings, path, checkpoint, tokenizer, decoder, engine)
+
+
+def load_weights(checkpoint: Checkpoint, weights: WeightFormat) -> Decoder:
+    """The decoder with every linear packed by ``weights``. A calibrating format sees the exact model first."""
+    if type(weights).begin is not WeightFormat.begin:
+        weights.begin(load_decoder(checkpoint, torch.float32).eval())
+    return load_decoder(checkpoint, pack=weights.pack).eval()
+
+
+def default_weight_format(context: BuildContext) -> WeightFormat:
+    if context.weight_dtype is None:
+        from hasten.weights.native import NativeFormat
+
+        return NativeFormat()
+    from hasten.weights.dense import DenseFormat
+
+    return DenseFormat(context.weight_dtype)
+
+
+def default_kernel() -> AttentionKernel:
+    from hasten.attention.dense import DenseKernel
+
+    return DenseKernel()
+
+
+def make_cache(
+    settings: EngineSettings,
+    context: BuildContext,
+    policy: AttentionPolicy | None = None,
+    format: KVFormat | None = None,
+    prefix: PrefixStore | None = None,
+) -> KVCache:
+    """The cache that fits the memory budget. Raises `SettingError` when the budget holds no context worth the name."""
+    config = context.config
+    format = format or PlainKV(context.kv_dtype)
+    sidecars = () if policy is None else policy.sidecars()
+    length = settings.max_context or config.max_positions
+    size = settings.page_size
+    page = bytes_of_page(format, sidecars, config.num_layers, size, config.shape)
+    full = -(-length // size) * settings.max_batch
+    if settings.kv_tokens is not None:
+        pages = -(-settings.kv_tokens // size)
+    elif settings.kv_memory_mb is not None:
+        # More pages than every sequence at full length can use would only lie idle, but the prefix store uses them.
+        pages = pages_in_budget(settings.kv_memory_mb * 1e6, page)
+    else:
+        pages = min(
+            full, pages_in_budget(min(_DEFAULT_KV_BYTES, psutil.virtual_memory().available / 4), page)
+        )
+    if pages * size < 2:
+        raise SettingError(f"kv_tokens = {settings.kv_tokens}: at least 2")
+    if prefix is None:
+        prefix = RadixPrefixStore() if settings.prefix_cache else NoPrefixStore()
+    return KVCache(
+        format,
+        prefix,
+        layers=config.num_layers,
+        shape=config.shape,
+        pages=pages,
+        page_size=size,
+        rows=settings.max_batch,
+        context=length,
+        sidecars=sidecars,
+    )

@@ -1,0 +1,113 @@
+"""The sampler: one token per row of logits, all rows at once.
+
+Greedy rows take the highest logit (ties: lowest id). The others are truncated in the order temperature -> top-k ->
+top-p -> min-p, each on the distribution that the one before left, and drawn by inverting the cumulative distribution at
+one uniform number of the row's own generator. So a row's token depends on its logits and its generator alone, never on
+the rest of the batch.
+
+Legend: R rows, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from hasten.lm.request import SamplingParams, TokenLogprob
+
+_CANDIDATES = 256  # top-p looks at this many best tokens before it sorts the whole vocabulary
+
+
+def sample(
+    logits_RV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Choose a token per row. ``logits_RV`` float32, finite or -inf, processors applied; it is not changed."""
+    if all(p.temperature == 0 for p in params):
+        return logits_RV.argmax(-1).tolist()
+    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    tokens = logits_RV.argmax(-1) if len(drawn) < len(params) else torch.empty(len(params), dtype=torch.int64)
+    row_R = torch.tensor(drawn)
+    chosen = [params[i] for i in drawn]
+    scaled_RV = logits_RV[row_R] / torch.tensor([p.temperature for p in chosen])[:, None]
+    truncate(scaled_RV, chosen)
+    uniform_R = torch.cat([torch.rand(1, dtype=torch.float64, generator=generators[i]) for i in drawn])
+    tokens[row_R] = draw(scaled_RV, uniform_R)
+    return tokens.tolist()
+
+
+def generator_for(*seed: int) -> torch.Generator:
+    """A random stream of its own for every tuple of integers, the same on every machine."""
+    digest = blake2b("/".join(map(str, seed)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """int64 [R]: the token at which the cumulative probability (in vocabulary order) passes ``uniform`` in [0, 1)."""
+    cumulative_RV = torch.softmax(logits_RV, -1).double().cumsum(-1)
+    # Scaled by the total, so that rounding can never push the threshold past the last token with mass.
+    threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
+    return torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp_(
+        max=logits_RV.shape[-1] - 1
+    )
+
+
+def truncate(logits_RV: Tensor, params: Sequence[SamplingParams]) -> None:
+    """Set to -inf, in place, what top-k, top-p and min-p exclude. Logits are already divided by the temperature."""
+    vocabulary = logits_RV.shape[-1]
+    top_k = [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]
+    if any(top_k):
+        row_R = torch.tensor([i for i, k in enumerate(top_k) if k])
+        k_R = torch.tensor([k for k in top_k if k])
+        best_RK = logits_RV[row_R].topk(int(k_R.max()), dim=-1).values
+        least_R1 = best_RK.gather(1, k_R[:, None] - 1)
+        logits_RV[row_R] = logits_RV[row_R].masked_fill_(logits_RV[row_R] < least_R1, float("-inf"))
+    if any(p.top_p < 1 for p in params):
+        row_R = torch.tensor([i for i, p in enumerate(params) if p.top_p < 1])
+        top_p_R1 = torch.tensor([p.top_p for p in params if p.top_p < 1], dtype=torch.float64)[:, None]
+        logits_RV[row_R] = _nucleus(logits_RV[row_R], top_p_R1)
+    if any(p.min_p > 0 for p in params):
+        row_R = torch.tensor([i for i, p in enumerate(params) if p.min_p > 0])
+        log_min_p_R1 = torch.tensor([p.min_p for p in params if p.min_p > 0]).log()[:, None]
+        rows_RV = logits_RV[row_R]
+        least_R1 = rows_RV.amax(-1, keepdim=True) + log_min_p_R1
+        logits_RV[row_R] = rows_RV.masked_fill_(rows_RV < least_R1, float("-inf"))
+
+
+def _nucleus(logits_RV: Tensor, top_p_R1: Tensor) -> Tensor:
+    """Keep the fewest most probable tokens whose mass reaches top-p (nucleus, arXiv 1904.09751, section 3.1)."""
+    probs_RV = torch.softmax(logits_RV, -1)
+    count = min(_CANDIDATES, logits_RV.shape[-1])
+    best = probs_RV.topk(count, dim=-1)
+    if count < logits_RV.shape[-1] and bool((best.values.double().sum(-1, keepdim=True) < top_p_R1).any()):
+        best = probs_RV.sort(dim=-1, descending=True, stable=True)
+    mass_RK = best.values.double()
+    before_RK = mass_RK.cumsum(-1) - mass_RK
+    index_RK = best.indices
+    kept_RK = logits_RV.gather(1, index_RK).masked_fill_(before_RK >= top_p_R1, float("-inf"))
+    return torch.full_like(logits_RV, float("-inf")).scatter_(1, index_RK, kept_RK)
+
+
+def non_finite_rows(logits_RV: Tensor) -> list[int]:
+    """Rows that hold NaN or infinity."""
+    total_R = logits_RV.sum(-1)
+    bad_R = ~torch.isfinite(total_R)
+    return bad_R.nonzero()[:, 0].tolist() if bool(bad_R.any()) else []
+
+
+def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Log-probabilities of ``tokens`` (one per row) and of the ``count`` best, of the model's own distribution:
+    before processors, temperature and truncation."""
+    logprob_RV = torch.log_softmax(logits_RV, -1)
+    chosen = logprob_RV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    if count == 0:
+        return [TokenLogprob(t, lp, {}) for t, lp in zip(tokens, chosen, strict=True)]
+    best = logprob_RV.topk(min(count, logits_RV.shape[-1]), dim=-1)
+    return [
+        TokenLogprob(token, logprob, dict(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(
+            tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]

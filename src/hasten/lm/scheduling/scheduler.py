@@ -1,0 +1,73 @@
+"""Slot ``scheduler``: what runs in the next step.
+
+The engine adds sequences and removes those that ended; before every step it asks `Scheduler.schedule` for work. The
+scheduler owns the queue, the rows of the page table and the pages of its sequences: it opens, attaches, reserves and,
+when pages run out, takes them away again (`Sequence.kv` closed, the sequence computed anew later).
+
+A scheduler may also ask for tokens to be computed again in place: a `Work` whose ``start`` lies before what is cached
+(after `KVCache.reserve` of the range, which copies shared pages).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from hasten.lm.kvcache.cache import KVCache
+from hasten.lm.sequence import Sequence
+from hasten.lm.settings import EngineSettings
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows of one sequence for the next step: ``count`` tokens (draft included) from token ``start`` on.
+
+    The sequence is attached and its slots are reserved. At most one `Work` per sequence and step.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+
+class Scheduler(ABC):
+    """Picks the work of each step. One instance per engine; calls come from one thread."""
+
+    def bind(self, cache: KVCache, settings: EngineSettings) -> None:
+        """Called once before anything else."""
+        self.cache = cache
+        self.settings = settings
+
+    @abstractmethod
+    def add(self, sequence: Sequence) -> None:
+        """A sequence wants to run; it may already hold pages (``sequence.kv``)."""
+
+    @abstractmethod
+    def adopt(self, sequence: Sequence) -> bool:
+        """A fork that could run in the very next step (its ``kv`` is complete but for the last token).
+
+        False if there is no room; the engine then drops its pages and adds it like any other.
+        """
+
+    @abstractmethod
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended or was cancelled. Its pages are closed by the engine."""
+
+    @abstractmethod
+    def schedule(self) -> list[Work]:
+        """The next step: at most ``max_step_tokens`` rows. Empty when nothing can run."""
+
+    @property
+    @abstractmethod
+    def waiting(self) -> SequenceOf[Sequence]:
+        """Sequences that wait, in the order in which they would run."""
+
+    @property
+    @abstractmethod
+    def running(self) -> SequenceOf[Sequence]:
+        """Sequences that run."""
