@@ -84,7 +84,8 @@ class HashSession(Session):
         if how == "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
         if how == "hang":
-            subprocess.Popen(["sleep", SLEEP])  # something the session started must not outlive it
+            if "sleeper" in self.options:
+                subprocess.Popen(["sleep", SLEEP])
             if "hung" in self.options:
                 with open(self.options["hung"], "w") as stream:
                     stream.write(f"{os.getpid()}")

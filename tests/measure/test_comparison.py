@@ -111,7 +111,7 @@ def test_a_crash_is_reported_with_the_last_words():
 def test_a_hang_ends_at_the_timeout_and_leaves_nothing_behind():
     began = time.monotonic()
     with pytest.raises(MeasureError, match="run took longer than 3 s"):
-        fake(options={"run_failure": "hang"}, timeout=3)
+        fake(options={"run_failure": "hang", "sleeper": True}, timeout=3)
     assert time.monotonic() - began < 30
     while _sleepers():
         assert time.monotonic() - began < 30
