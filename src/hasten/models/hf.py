@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from hasten.core.errors import ModelError, ModelFormatError, UnsupportedError
 from hasten.models.checkpoint import PICKLE_SUFFIXES, Checkpoint, QuantBlocks
 from hasten.models.config_hf import config_from_hf
+from hasten.models.gptq_layout import GPTQTensors, StoredSettings, read_linear, stored_settings
 from hasten.models.tokenizer import Tokenizer
 
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
@@ -176,15 +178,43 @@ class HFCheckpoint(Checkpoint):
         return tuple(sorted(set(self._file_of.values())))
 
     def stored(self, name: str) -> Tensor:
-        """A tensor in its stored floating-point type."""
+        """A tensor in its stored floating-point type; float32 if it is GPTQ-packed."""
         theirs = self.hf_name(name)
-        if theirs not in self._headers:
-            if self.quantization is not None and name in self._shapes:
-                raise UnsupportedError(
-                    f"{self.path}: {theirs!r} is GPTQ-packed; load this model with the 'gptq' technique"
-                )
+        if theirs in self._headers:
+            return self.raw(theirs)
+        packed = self.gptq_linear(name.removesuffix(".weight"))
+        if packed is None:
             raise KeyError(name)
-        return self.raw(theirs)
+        return packed.dequantize()
+
+    def blocks(self, name: str) -> QuantBlocks | None:
+        """Always None: safetensors hold no ggml blocks."""
+        return None
+
+    @cached_property
+    def gptq(self) -> StoredSettings | None:
+        """How the GPTQ-packed linears are stored; None if the folder holds none."""
+        return None if self.quantization is None else stored_settings(self.quantization, str(self.path))
+
+    def gptq_linear(self, name: str) -> GPTQTensors | None:
+        """The codes, scales and zeros of an unfused linear (``layers.3.q_proj``); None if it is not packed.
+
+        Raises `ModelFormatError`, `IntegrityError` or `UnsupportedError` as `read_linear` does.
+        """
+        theirs = self.hf_name(name)
+        if self.gptq is None or f"{theirs}.qweight" not in self._headers:
+            return None
+
+        def find(leaf: str) -> Tensor | None:
+            return self.raw(f"{theirs}.{leaf}") if f"{theirs}.{leaf}" in self._headers else None
+
+        bias_O = find("bias")
+        if bias_O is not None and f"{name}.bias" not in self._shapes and bool(bias_O.any()):
+            raise ModelFormatError(
+                f"{self.path}: '{theirs}.bias' is not zero, but this family has no bias there"
+            )
+        outputs, inputs = self._shapes[f"{name}.weight"]
+        return read_linear(find, f"{self.path}: {theirs}", outputs, inputs, self.gptq)
 
     def dequantize(self, blocks: QuantBlocks) -> Tensor:
         """Never called: safetensors hold no ggml blocks."""
