@@ -207,9 +207,13 @@ def _rope(parameters: dict[str, Any], fields: _Fields, size: int) -> RopeSpec:
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
         raise ModelError(f"{fields.where}: 'rope_theta' must be a positive number, got {theta!r}")
     partial = parameters.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    if partial != 1:
+        raise UnsupportedError(
+            f"{fields.where}: RoPE over a part of the head (partial_rotary_factor {partial!r})"
+        )
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     if scaling_kind(scaling) == "default":
-        return RopeSpec(float(theta), int(size * partial))
+        return RopeSpec(float(theta), size)
     if fields.get("original_max_position_embeddings"):
         scaling.setdefault("original_max_position_embeddings", fields.get("original_max_position_embeddings"))
-    return RopeSpec(float(theta), int(size * partial), scaling)
+    return RopeSpec(float(theta), size, scaling)

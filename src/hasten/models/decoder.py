@@ -77,9 +77,13 @@ class DecoderLayer(nn.Module):
     def attention(self, x_TE: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
         """The attention half: norm, projections, ``attend``, output projection, residual."""
         rows = x_TE.shape[0]
-        size = self.shape.size
+        heads, kv_heads, size = self.shape.heads, self.shape.kv_heads, self.shape.size
         q, k, v = self.qkv_proj(self.input_norm(x_TE)).split(self.qkv_split, dim=-1)
-        q_THD, k_TGD, v_TGD = q.view(rows, -1, size), k.view(rows, -1, size), v.view(rows, -1, size)
+        q_THD, k_TGD, v_TGD = (
+            q.view(rows, heads, size),
+            k.view(rows, kv_heads, size),
+            v.view(rows, kv_heads, size),
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TGD = self.q_norm(q_THD), self.k_norm(k_TGD)
         out_THD = attend(self.index, q_THD, k_TGD, v_TGD, position_T)
@@ -203,7 +207,7 @@ class CausalAttend:
         q_THD, k_TGD = apply_rotation(q_THD, cos_TR, sin_TR), apply_rotation(k_TGD, cos_TR, sin_TR)
 
         def heads_first(x: Tensor) -> Tensor:
-            return x.view(self.batch, -1, x.shape[1], x.shape[2]).transpose(1, 2)
+            return x.view(self.batch, x.shape[0] // self.batch, x.shape[1], x.shape[2]).transpose(1, 2)
 
         q_BHTD, k_BGTD, v_BGTD = heads_first(q_THD), heads_first(k_TGD), heads_first(v_TGD)
         length = q_BHTD.shape[2]
