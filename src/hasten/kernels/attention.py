@@ -13,11 +13,13 @@ K selected tokens, M pages per row.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hasten.kernels.reference import attention as reference
+from hasten.kernels.native import native
 
 __all__ = ["PieceWork", "attend_pieces", "attend_tokens", "merge"]
 
@@ -47,17 +49,149 @@ class PieceWork:
     def entries(self) -> int:
         return self.row_E.numel()
 
+    def handle(self, page_size: int, module: ModuleType) -> Any:
+        """The native work object for pages of ``page_size`` tokens: indices checked and copied once."""
+        key = f"{module.__name__}/{page_size}"
+        found = self.cache.get(key)
+        if found is None:
+            indices = []
+            for name in ("page_C", "page_start_J1", "row_start_J1", "row_E", "first_E", "limit_E"):
+                indices.append(index_array(name, getattr(self, name), 1))
+            found = self.cache[key] = module.attend_work(*indices, page_size)
+        return found
+
+
+def index_array(name: str, value: Tensor, dims: int) -> Any:
+    """``value`` as a NumPy view (which crosses the native border ten times faster than a torch tensor)."""
+    if value.dtype is not torch.int32:
+        raise TypeError(f"{name} must be int32, not {value.dtype}")
+    if value.dim() != dims or not value.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous with {dims} dimension(s), not shape {tuple(value.shape)}"
+        )
+    return value.numpy()
+
+
+def _float_rows(name: str, value: Tensor) -> tuple[int, int, int]:
+    """Shape of a contiguous float32 [rows, heads, size] tensor."""
+    if value.dtype is not torch.float32:
+        raise TypeError(f"{name} must be float32, not {value.dtype}")
+    if value.dim() != 3 or not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous [rows, heads, size], not shape {tuple(value.shape)}")
+    rows, heads, size = value.shape
+    return rows, heads, size
+
+
+def _pages(q: Tensor, k_NGPD: Tensor, v_NGPD: Tensor) -> tuple[int, int, int, bool]:
+    """(pages, kv heads, page size, bf16) of a pool that fits the queries."""
+    if k_NGPD.dtype is not v_NGPD.dtype or k_NGPD.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"pages must be float32 or bfloat16, not {k_NGPD.dtype} and {v_NGPD.dtype}")
+    if k_NGPD.dim() != 4 or k_NGPD.shape != v_NGPD.shape:
+        raise ValueError(
+            f"k_NGPD {tuple(k_NGPD.shape)} and v_NGPD {tuple(v_NGPD.shape)} must be equal [N, G, P, D]"
+        )
+    if not (k_NGPD.is_contiguous() and v_NGPD.is_contiguous()):
+        raise ValueError("k_NGPD and v_NGPD must be contiguous")
+    pages, groups, page, size = k_NGPD.shape
+    if size != q.shape[2] or size == 0:
+        raise ValueError(f"head size of the queries is {q.shape[2]}, of the pages {size}")
+    if groups == 0 or q.shape[1] % groups or q.shape[1] == 0:
+        raise ValueError(f"{q.shape[1]} query heads do not share {groups} kv heads evenly")
+    return pages, groups, page, k_NGPD.dtype is torch.bfloat16
+
+
+def _cap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"softcap must be positive, not {softcap}")
+    return float(softcap)
+
 
 def attend_pieces(
-    q_THD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, work: PieceWork, scale: float, softcap: float | None = None
+    q_THD: Tensor,
+    k_NGPD: Tensor,
+    v_NGPD: Tensor,
+    work: PieceWork,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    module: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every entry of ``work``: ``(out_EHD float32, lse_EH float32)``."""
-    return reference.attend_pieces(q_THD, k_NGPD, v_NGPD, work, scale, softcap)
+    """Attention of every entry of ``work``: ``(out_EHD float32, lse_EH float32)``.
+
+    q_THD: float32, contiguous. k_NGPD, v_NGPD: float32 or bfloat16 pages, contiguous; H a multiple of G. Logits are
+    ``scale * q . k``, with ``softcap`` then ``softcap * tanh(logits / softcap)``. ``module`` is a native module of
+    another level (tests).
+
+    Raises TypeError for a wrong dtype and ValueError for shapes that do not fit, an index outside ``q`` or the
+    pool, or a limit past a piece's pages.
+    """
+    lib = native() if module is None else module
+    rows, heads, size = _float_rows("q_THD", q_THD)
+    pages, groups, page, bf16 = _pages(q_THD, k_NGPD, v_NGPD)
+    entries = work.entries
+    out = torch.empty((entries, heads, size))
+    lse = torch.empty((entries, heads))
+    lib.attend_pieces(
+        work.handle(page, lib),
+        q_THD.data_ptr(),
+        k_NGPD.data_ptr(),
+        v_NGPD.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        rows,
+        heads,
+        groups,
+        size,
+        pages,
+        page,
+        bf16,
+        scale,
+        _cap(softcap),
+    )
+    return out, lse
 
 
-def merge(out_EHD: Tensor, lse_EH: Tensor, entry_start_T1: Tensor, entry_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the parts of each row: row t owns entries ``entry_E[entry_start_T1[t]:entry_start_T1[t + 1]]``."""
-    return reference.merge(out_EHD, lse_EH, entry_start_T1, entry_E)
+def merge(
+    out_EHD: Tensor,
+    lse_EH: Tensor,
+    entry_start_T1: Tensor,
+    entry_E: Tensor,
+    *,
+    module: ModuleType | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Join the parts of each row: ``(out_THD, lse_TH)``, float32.
+
+    Row t owns the parts ``entry_E[entry_start_T1[t]:entry_start_T1[t + 1]]`` (int32): with M = max lse_j and
+    w_j = exp(lse_j - M), out = sum w_j out_j / sum w_j and lse = M + log sum w_j. A row without parts, or with only
+    empty ones, gives 0 and -inf. Associative and commutative up to rounding, so merges may nest.
+
+    Raises TypeError for a wrong dtype and ValueError for shapes or indices that do not fit.
+    """
+    lib = native() if module is None else module
+    entries, heads, size = _float_rows("out_EHD", out_EHD)
+    if lse_EH.dtype is not torch.float32:
+        raise TypeError(f"lse_EH must be float32, not {lse_EH.dtype}")
+    if lse_EH.shape != (entries, heads) or not lse_EH.is_contiguous():
+        raise ValueError(f"lse_EH must be contiguous {(entries, heads)}, not shape {tuple(lse_EH.shape)}")
+    rows = entry_start_T1.numel() - 1
+    if rows < 0:
+        raise ValueError("entry_start_T1 is empty; it needs one element more than there are rows")
+    out = torch.empty((rows, heads, size))
+    lse = torch.empty((rows, heads))
+    lib.merge(
+        out_EHD.data_ptr(),
+        lse_EH.data_ptr(),
+        index_array("entry_start_T1", entry_start_T1, 1),
+        index_array("entry_E", entry_E, 1),
+        out.data_ptr(),
+        lse.data_ptr(),
+        entries,
+        heads,
+        size,
+    )
+    return out, lse
 
 
 def attend_tokens(
@@ -71,4 +205,6 @@ def attend_tokens(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over chosen tokens, read straight from the pages: ``(out_RHD, lse_RH)``."""
+    from hasten.kernels.reference import attention as reference
+
     return reference.attend_tokens(q_RHD, k_NGPD, v_NGPD, page_table_RM, index_RXK, count_RX, scale, softcap)

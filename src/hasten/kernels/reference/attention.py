@@ -1,5 +1,7 @@
 """PyTorch reference of the attention kernels: plain definitions, used by tests and as documentation.
 
+They compute in the dtype of the queries, so float64 queries give a float64 answer.
+
 Legend: T query rows, H query heads, G kv heads, D head size, N pages, P page size, J pieces, E entries,
 L tokens of a piece, R chosen rows, X heads of a selection (G or H), K selected tokens, M pages per row.
 """
@@ -35,8 +37,8 @@ def attend_pieces(
     heads, size = q_THD.shape[1:]
     groups, page = k_NGPD.shape[1:3]
     entries = work.row_E.numel()
-    out = torch.zeros(entries, heads, size)
-    lse = torch.full((entries, heads), float("-inf"))
+    out = q_THD.new_zeros(entries, heads, size)
+    lse = q_THD.new_full((entries, heads), float("-inf"))
     for j in range(work.pieces):
         begin, end = int(work.row_start_J1[j]), int(work.row_start_J1[j + 1])
         ids = work.page_C[int(work.page_start_J1[j]) : int(work.page_start_J1[j + 1])].long()
@@ -48,8 +50,8 @@ def attend_pieces(
             continue
         span = torch.arange(used)
         seen = (span >= first[:, None]) & (span < work.limit_E[begin:end].long()[:, None])
-        k = k_NGPD[ids].transpose(0, 1).reshape(groups, tokens, size)[:, :used].float()
-        v = v_NGPD[ids].transpose(0, 1).reshape(groups, tokens, size)[:, :used].float()
+        k = k_NGPD[ids].transpose(0, 1).reshape(groups, tokens, size)[:, :used].to(q_THD.dtype)
+        v = v_NGPD[ids].transpose(0, 1).reshape(groups, tokens, size)[:, :used].to(q_THD.dtype)
         k = k.repeat_interleave(heads // groups, 0).expand(end - begin, -1, -1, -1)
         v = v.repeat_interleave(heads // groups, 0).expand(end - begin, -1, -1, -1)
         seen = seen[:, None].expand(-1, heads, -1)
@@ -67,11 +69,11 @@ def merge(out_EHD: Tensor, lse_EH: Tensor, entry_start_T1: Tensor, entry_E: Tens
     row = torch.repeat_interleave(torch.arange(rows), counts)
     parts, part_lse = out_EHD[entry_E.long()], lse_EH[entry_E.long()]
     index = row[:, None].expand(-1, heads)
-    top = torch.full((rows, heads), float("-inf")).scatter_reduce(0, index, part_lse, "amax")
+    top = lse_EH.new_full((rows, heads), float("-inf")).scatter_reduce(0, index, part_lse, "amax")
     safe = top.masked_fill(torch.isneginf(top), 0.0)
     weight = torch.exp(part_lse - safe[row])
-    total = torch.zeros(rows, heads).index_add(0, row, weight)
-    out = torch.zeros(rows, heads, size).index_add(0, row, parts * weight[..., None])
+    total = lse_EH.new_zeros(rows, heads).index_add(0, row, weight)
+    out = out_EHD.new_zeros(rows, heads, size).index_add(0, row, parts * weight[..., None])
     return out / total.clamp_min(1e-38)[..., None], safe + torch.log(total)
 
 
@@ -90,13 +92,13 @@ def attend_tokens(
     groups, page = k_NGPD.shape[1:3]
     chosen = index_RXK.shape[2]
     if rows == 0 or chosen == 0:
-        return torch.zeros(rows, heads, size), torch.full((rows, heads), float("-inf"))
+        return q_RHD.new_zeros(rows, heads, size), q_RHD.new_full((rows, heads), float("-inf"))
     repeat = heads // index_RXK.shape[1]
     index = index_RXK.long().repeat_interleave(repeat, 1)
     seen = torch.arange(chosen) < count_RX.long().repeat_interleave(repeat, 1)[..., None]
     index = torch.where(seen, index, 0)
     pages = page_table_RM.long()[torch.arange(rows)[:, None, None], index // page].clamp_min(0)
     head = (torch.arange(heads) // (heads // groups))[None, :, None]
-    k = k_NGPD[pages, head, index % page].float()
-    v = v_NGPD[pages, head, index % page].float()
+    k = k_NGPD[pages, head, index % page].to(q_RHD.dtype)
+    v = v_NGPD[pages, head, index % page].to(q_RHD.dtype)
     return masked_attention(q_RHD, k, v.masked_fill(~seen[..., None], 0.0), seen, scale, softcap)

@@ -1,0 +1,490 @@
+// The tile loops of exact attention, shared by attend_pieces and attend_tokens.
+//
+// A tile is up to kTile tokens, given as one pointer per token to its key and its value, so that pages, runs and
+// gathered tokens are the same to the arithmetic. Two ways through a tile:
+//   few rows   (decode): keys and values are used where they lie, each loaded once for up to 3 query vectors
+//              (3 x 4 accumulators, 3 queries and a key fill the 16 registers of AVX2);
+//   many rows  (prefill, shared prefix): keys are transposed and values copied to scratch once per block of rows,
+//              then register-tiled products run at near GEMM rate.
+// Scores are kept in base 2 (query prescaled by scale * log2 e); the running maximum m and sum l of the online
+// softmax (Milakov and Gimelshein 2018) are per query vector; the output stays unnormalised until the end.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <vector>
+
+#include "simd.h"
+
+namespace hasten::attend {
+
+constexpr int kTile = 64;       // tokens per tile; a multiple of every vf::width
+constexpr int kGroup = 6;       // query vectors per register tile of the many-row path
+constexpr int kFew = 8;         // up to this many query vectors go the few-row way
+constexpr int kBlock = 96;      // query vectors per task of the many-row path
+constexpr int kStrip = 2 * vf::width;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kHidden = -FLT_MAX;  // score of a token that a row does not see
+
+static_assert(kTile % kStrip == 0);
+
+#if defined(__AVX512F__)
+inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+#elif defined(__AVX2__)
+inline vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
+#else
+inline vf operator/(vf a, vf b) { return {a.v / b.v}; }
+#endif
+
+// 2^x for x <= 0, to about 1 ulp; below -126 the result is 2^-126. NaN stays NaN. Degree-6 minimax polynomial.
+inline vf exp2(vf x) {
+  x = max(vf::set(-126.0f), x);
+  vf n = round(x);
+  vf r = x - n;
+  vf p = vf::set(1.5345811492e-4f);
+  p = fma(p, r, vf::set(1.3399931215e-3f));
+  p = fma(p, r, vf::set(9.6184889590e-3f));
+  p = fma(p, r, vf::set(5.5503287770e-2f));
+  p = fma(p, r, vf::set(2.4022646891e-1f));
+  p = fma(p, r, vf::set(6.9314720574e-1f));
+  p = fma(p, r, vf::set(1.0f));
+  return p * pow2i(n);
+}
+
+// tanh to 3e-7: odd rational minimax approximation, saturated beyond 7.9.
+inline vf tanh(vf x) {
+  x = min(vf::set(7.90531110763549805f), max(vf::set(-7.90531110763549805f), x));
+  vf z = x * x;
+  vf p = vf::set(-2.76076847742355e-16f);
+  p = fma(p, z, vf::set(2.00018790482477e-13f));
+  p = fma(p, z, vf::set(-8.60467152213735e-11f));
+  p = fma(p, z, vf::set(5.12229709037114e-08f));
+  p = fma(p, z, vf::set(1.48572235717979e-05f));
+  p = fma(p, z, vf::set(6.37261928875436e-04f));
+  p = fma(p, z, vf::set(4.89352455891786e-03f));
+  vf q = vf::set(1.19825839466702e-06f);
+  q = fma(q, z, vf::set(1.18534705686654e-04f));
+  q = fma(q, z, vf::set(2.26843463243900e-03f));
+  q = fma(q, z, vf::set(4.89352518554385e-03f));
+  return x * p / q;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(std::uint16_t x) { return bf16_to_float(x); }
+
+// How scores are made from a query-key product: query vectors are multiplied by `query` beforehand, and with
+// soft-capping (`cap` > 0) the product then becomes cap * tanh(product).
+struct Logits {
+  float query;
+  float cap;
+  Logits(float scale, float softcap)
+      : query(softcap > 0 ? scale / softcap : scale * kLog2e), cap(softcap > 0 ? softcap * kLog2e : 0.0f) {}
+};
+
+template <typename KV>
+struct Tokens {
+  const KV* k[kTile];
+  const KV* v[kTile];
+};
+
+struct Span {  // tokens of a tile that a row sees: [low, high)
+  int low, high;
+};
+
+// Sums of four accumulators.
+inline void reduce4(vf a, vf b, vf c, vf d, float* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  auto half = [](__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+  __m256 a8 = half(a.v), b8 = half(b.v), c8 = half(c.v), d8 = half(d.v);
+#else
+  __m256 a8 = a.v, b8 = b.v, c8 = c.v, d8 = d.v;
+#endif
+  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+#else
+  out[0] = a.sum(), out[1] = b.sum(), out[2] = c.sum(), out[3] = d.sum();
+#endif
+}
+
+template <typename KV>
+inline void prefetch_token(const KV* p, int bytes) {
+  const char* at = reinterpret_cast<const char*>(p);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+// score[i][t] = q_i . k_t for Q query vectors (rows of `stride` floats) and tokens [low, high). While it works, the
+// keys and values of the next tile (of `ahead` tokens) are asked for.
+template <int Q, typename KV>
+void few_scores(const float* q, int stride, const Tokens<KV>& tile, int low, int high, int nv, float* score,
+                const Tokens<KV>* next, int ahead) {
+  constexpr int W = vf::width;
+  constexpr int T = Q == 1 ? 8 : 4;
+  const int bytes = nv * W * static_cast<int>(sizeof(KV));
+  int t = low;
+  for (; t + T <= high; t += T) {
+    if (next != nullptr) {
+      for (int u = t; u < t + T && u < ahead; ++u) {
+        prefetch_token(next->k[u], bytes);
+        prefetch_token(next->v[u], bytes);
+      }
+    }
+    vf acc[Q][T];
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i)
+#pragma GCC unroll 8
+      for (int u = 0; u < T; ++u) acc[i][u] = vf::zero();
+    for (int c = 0; c < nv; ++c) {
+      vf x[Q];
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; ++i) x[i] = vf::load(q + i * stride + c * W);
+#pragma GCC unroll 8
+      for (int u = 0; u < T; ++u) {
+        vf y = vf::load(tile.k[t + u] + c * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; ++i) acc[i][u] = fma(x[i], y, acc[i][u]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i)
+#pragma GCC unroll 8
+      for (int u = 0; u < T; u += 4)
+        reduce4(acc[i][u], acc[i][u + 1], acc[i][u + 2], acc[i][u + 3], score + i * kTile + t + u);
+  }
+  for (; t < high; ++t) {
+    vf acc[Q];
+    for (int i = 0; i < Q; ++i) acc[i] = vf::zero();
+    for (int c = 0; c < nv; ++c) {
+      vf y = vf::load(tile.k[t] + c * W);
+      for (int i = 0; i < Q; ++i) acc[i] = fma(vf::load(q + i * stride + c * W), y, acc[i]);
+    }
+    for (int i = 0; i < Q; ++i) score[i * kTile + t] = acc[i].sum();
+  }
+}
+
+// o_i += sum over tokens [low, high) of p_it * v_t, for Q query vectors and V vectors of the head starting at column c.
+template <int Q, int V, typename KV>
+inline void few_values(const float* p, const Tokens<KV>& tile, int low, int high, float* o, int stride, int c) {
+  constexpr int W = vf::width;
+  vf acc[Q][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < Q; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = vf::load(o + i * stride + (c + j) * W);
+  for (int t = low; t < high; ++t) {
+    const KV* v = tile.v[t] + c * W;
+    vf x[Q];  // weights, not values, stay in registers: 3 x 4 accumulators, 3 weights and 1 value fill all 16
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i) x[i] = vf::set(p[i * kTile + t]);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      const vf y = vf::load(v + j * W);
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; ++i) acc[i][j] = fma(x[i], y, acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Q; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j].store(o + i * stride + (c + j) * W);
+}
+
+template <int Q, typename KV>
+void few_values_all(const float* p, const Tokens<KV>& tile, int low, int high, float* o, int stride, int nv) {
+  constexpr int V = Q == 1 ? 8 : 4;
+  int c = 0;
+  for (; c + V <= nv; c += V) few_values<Q, V>(p, tile, low, high, o, stride, c);
+  if constexpr (V > 4)
+    for (; c + 4 <= nv; c += 4) few_values<Q, 4>(p, tile, low, high, o, stride, c);
+  for (; c + 2 <= nv; c += 2) few_values<Q, 2>(p, tile, low, high, o, stride, c);
+  for (; c < nv; ++c) few_values<Q, 1>(p, tile, low, high, o, stride, c);
+}
+
+// Turns scores of tokens [low, high) of a tile into weights, updates the row's m and l, and returns the factor for what
+// was accumulated before. Only `span` is visible; the rest becomes 0. The buffer holds whole vectors around [low, high).
+inline float softmax_row(float* s, int low, int high, Span span, float cap, float& m, float& l) {
+  constexpr int W = vf::width;
+  const int from = low - low % W, to = (high + W - 1) / W * W;
+  span.low = std::max(span.low, low);
+  span.high = std::min(span.high, high);
+  if (span.low >= span.high) {
+    std::fill(s + low, s + high, 0.0f);
+    return 1.0f;
+  }
+  if (cap > 0) {
+    const vf c = vf::set(cap);
+    for (int t = from; t < to; t += W) (c * tanh(vf::load(s + t))).store(s + t);
+  }
+  std::fill(s + from, s + span.low, kHidden);
+  std::fill(s + span.high, s + to, kHidden);
+  vf top = vf::set(m);
+  for (int t = from; t < to; t += W) top = max(top, vf::load(s + t));
+  const float peak = top.max();
+  const vf peaks = vf::set(peak);
+  vf total = vf::zero();
+  for (int t = from; t < to; t += W) {
+    vf e = exp2(vf::load(s + t) - peaks);
+    e.store(s + t);
+    total = total + e;
+  }
+  std::fill(s + from, s + span.low, 0.0f);
+  std::fill(s + span.high, s + to, 0.0f);
+  const float factor = l == 0.0f ? 0.0f : std::exp2(m - peak);
+  l = l * factor + total.sum();
+  m = peak;
+  return factor;
+}
+
+inline void scale_row(float* o, int size, float factor) {
+  const vf f = vf::set(factor);
+  for (int c = 0; c < size; c += vf::width) (vf::load(o + c) * f).store(o + c);
+}
+
+// Running state of the query vectors of one task. Rows are padded to `stride` floats with zeros.
+struct State {
+  std::vector<float> q, o, m, l;
+  int stride = 0;
+  int count = 0;
+
+  void begin(int rows, int size) {
+    count = rows;
+    stride = (size + vf::width - 1) / vf::width * vf::width;
+    const std::size_t padded = static_cast<std::size_t>((rows + kGroup - 1) / kGroup * kGroup);
+    q.assign(padded * stride, 0.0f);
+    o.assign(padded * stride, 0.0f);
+    m.assign(padded, -INFINITY);
+    l.assign(padded, 0.0f);
+  }
+
+  void load(int row, const float* from, int size, float factor) {
+    float* to = q.data() + static_cast<std::size_t>(row) * stride;
+    for (int d = 0; d < size; ++d) to[d] = from[d] * factor;
+  }
+
+  // The normalised output of a row, and its log-sum-exp (natural logarithm).
+  float finish(int row, float* out, int size) const {
+    const float* from = o.data() + static_cast<std::size_t>(row) * stride;
+    if (l[row] == 0.0f) {
+      std::fill(out, out + size, 0.0f);
+      return -INFINITY;
+    }
+    const float inverse = 1.0f / l[row];
+    for (int d = 0; d < size; ++d) out[d] = from[d] * inverse;
+    return (m[row] + std::log2(l[row])) * kLn2;
+  }
+};
+
+template <int Q, typename KV>
+void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>* next,
+              int ahead) {
+  alignas(64) float score[Q * kTile];
+  int low = kTile, high = 0;
+  for (int i = 0; i < Q; ++i) {
+    if (span[row + i].low >= span[row + i].high) continue;
+    low = std::min(low, span[row + i].low);
+    high = std::max(high, span[row + i].high);
+  }
+  if (low >= high) return;
+  const int nv = st.stride / vf::width;
+  float* o = st.o.data() + static_cast<std::size_t>(row) * st.stride;
+  few_scores<Q>(st.q.data() + static_cast<std::size_t>(row) * st.stride, st.stride, tile, low, high, nv, score, next,
+                ahead);
+  for (int i = 0; i < Q; ++i) {
+    const float factor = softmax_row(score + i * kTile, low, high, span[row + i], cap, st.m[row + i], st.l[row + i]);
+    if (factor != 1.0f) scale_row(o + i * st.stride, st.stride, factor);
+  }
+  few_values_all<Q>(score, tile, low, high, o, st.stride, nv);
+}
+
+// One tile for all rows of the state, keys and values where they lie (the head size is a multiple of vf::width).
+template <typename KV>
+void few_tile(State& st, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>* next, int ahead) {
+  int row = 0;
+  while (row < st.count) {
+    const int left = st.count - row;
+    const Tokens<KV>* once = row == 0 ? next : nullptr;
+    if (left == 1) few_rows<1>(st, row, tile, span, cap, once, ahead), row += 1;
+    else if (left == 2 || left == 4) few_rows<2>(st, row, tile, span, cap, once, ahead), row += 2;
+    else few_rows<3>(st, row, tile, span, cap, once, ahead), row += 3;
+  }
+}
+
+// Scratch of one tile for the many-row path: keys transposed in strips [strip][d][kStrip], values [token][stride].
+struct Packed {
+  std::vector<float> k, v;
+  int stride = 0;
+
+  template <typename KV>
+  void pack(const Tokens<KV>& tile, int tokens, int size, int padded) {
+    stride = padded;
+    k.resize(static_cast<std::size_t>(kTile) * size);
+    v.resize(static_cast<std::size_t>(kTile) * padded);
+    const int filled = (tokens + kStrip - 1) / kStrip * kStrip;
+    pack_keys(tile, tokens, filled, size);
+    for (int t = 0; t < tokens; ++t) {
+      float* to = v.data() + static_cast<std::size_t>(t) * padded;
+      int d = 0;
+      for (; d + vf::width <= size; d += vf::width) vf::load(tile.v[t] + d).store(to + d);
+      for (; d < size; ++d) to[d] = widen(tile.v[t][d]);
+      for (; d < padded; ++d) to[d] = 0.0f;
+    }
+  }
+
+  template <typename KV>
+  void pack_keys(const Tokens<KV>& tile, int tokens, int filled, int size) {
+    float* base = k.data();
+    auto place = [&](int t, int d) {
+      return base + (static_cast<std::size_t>(t / kStrip) * size + d) * kStrip + t % kStrip;
+    };
+    int t = 0;
+#if defined(__AVX2__)
+    for (; t + 8 <= tokens; t += 8) {
+      int d = 0;
+      for (; d + 8 <= size; d += 8) {
+        __m256 r[8];
+        for (int i = 0; i < 8; ++i) r[i] = load8(tile.k[t + i] + d);
+        transpose8(r);
+        for (int i = 0; i < 8; ++i) _mm256_storeu_ps(place(t, d + i), r[i]);
+      }
+      for (; d < size; ++d)
+        for (int i = 0; i < 8; ++i) *place(t + i, d) = widen(tile.k[t + i][d]);
+    }
+#endif
+    for (; t < filled; ++t)
+      for (int d = 0; d < size; ++d) *place(t, d) = t < tokens ? widen(tile.k[t][d]) : 0.0f;
+  }
+
+#if defined(__AVX2__)
+  static __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+  static __m256 load8(const std::uint16_t* p) {
+    __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+  }
+  static void transpose8(__m256* r) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 4; ++i) {
+      a[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+      a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+      b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xEE);
+      b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+      b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+  }
+#endif
+};
+
+// Scores of kGroup query vectors (interleaved: q[d][kGroup]) against one strip of transposed keys.
+inline void many_scores(const float* q, const float* k, int size, float* score) {
+  constexpr int W = vf::width;
+  vf acc[kGroup][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; ++i) acc[i][0] = acc[i][1] = vf::zero();
+  for (int d = 0; d < size; ++d) {
+    const vf a = vf::load(k + d * kStrip), b = vf::load(k + d * kStrip + W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      const vf x = vf::set(q[d * kGroup + i]);
+      acc[i][0] = fma(x, a, acc[i][0]);
+      acc[i][1] = fma(x, b, acc[i][1]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; ++i) {
+    acc[i][0].store(score + i * kTile);
+    acc[i][1].store(score + i * kTile + W);
+  }
+}
+
+// o_i += sum over tokens [low, high) of p_it * v_t for kGroup query vectors and N vectors of the head.
+template <int N>
+inline void many_values(const float* p, const float* v, int low, int high, float* o, int stride) {
+  constexpr int W = vf::width;
+  vf acc[kGroup][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) acc[i][j] = vf::load(o + i * stride + j * W);
+  for (int t = low; t < high; ++t) {
+    vf y[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) y[j] = vf::load(v + static_cast<std::size_t>(t) * stride + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      const vf x = vf::set(p[i * kTile + t]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[i][j] = fma(x, y[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) acc[i][j].store(o + i * stride + j * W);
+}
+
+// Interleave the query rows of a state in place of [row][stride]: [group][d][kGroup].
+inline void interleave(const State& st, int size, std::vector<float>& out) {
+  const int groups = (st.count + kGroup - 1) / kGroup;
+  out.resize(static_cast<std::size_t>(groups) * size * kGroup);
+  for (int g = 0; g < groups; ++g)
+    for (int i = 0; i < kGroup; ++i) {
+      const float* from = st.q.data() + static_cast<std::size_t>(g * kGroup + i) * st.stride;
+      float* to = out.data() + static_cast<std::size_t>(g) * size * kGroup + i;
+      for (int d = 0; d < size; ++d) to[d * kGroup] = from[d];
+    }
+}
+
+// One packed tile for all rows of the state. `span` has an entry per padded row (padding: empty).
+inline void many_tile(State& st, const float* q, const Packed& tile, int size, const Span* span, float cap) {
+  alignas(64) float score[kGroup * kTile];
+  const int nv = st.stride / vf::width;
+  for (int row = 0; row < st.count; row += kGroup) {
+    int low = kTile, high = 0;
+    for (int i = 0; i < kGroup; ++i) {
+      if (span[row + i].low >= span[row + i].high) continue;
+      low = std::min(low, span[row + i].low);
+      high = std::max(high, span[row + i].high);
+    }
+    if (low >= high) continue;
+    const float* x = q + static_cast<std::size_t>(row) * size;
+    for (int t = low - low % kStrip; t < high; t += kStrip)
+      many_scores(x, tile.k.data() + static_cast<std::size_t>(t) * size, size, score + t);
+    float* o = st.o.data() + static_cast<std::size_t>(row) * st.stride;
+    for (int i = 0; i < kGroup; ++i) {
+      const float factor = softmax_row(score + i * kTile, low, high, span[row + i], cap, st.m[row + i], st.l[row + i]);
+      if (factor != 1.0f) scale_row(o + i * st.stride, st.stride, factor);
+    }
+    int c = 0;
+    for (; c + 2 <= nv; c += 2)
+      many_values<2>(score, tile.v.data() + c * vf::width, low, high, o + c * vf::width, st.stride);
+    if (c < nv) many_values<1>(score, tile.v.data() + c * vf::width, low, high, o + c * vf::width, st.stride);
+  }
+}
+
+// A tile copied to float scratch with rows padded to whole vectors, for head sizes that are not a multiple of vf::width.
+struct Padded {
+  std::vector<float> k, v;
+  Tokens<float> tokens;
+
+  template <typename KV>
+  void copy(const Tokens<KV>& tile, int count, int size, int stride) {
+    k.assign(static_cast<std::size_t>(kTile) * stride, 0.0f);
+    v.assign(static_cast<std::size_t>(kTile) * stride, 0.0f);
+    for (int t = 0; t < count; ++t) {
+      float* kt = k.data() + static_cast<std::size_t>(t) * stride;
+      float* vt = v.data() + static_cast<std::size_t>(t) * stride;
+      for (int d = 0; d < size; ++d) kt[d] = widen(tile.k[t][d]), vt[d] = widen(tile.v[t][d]);
+      tokens.k[t] = kt;
+      tokens.v[t] = vt;
+    }
+  }
+};
+
+}  // namespace hasten::attend
