@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from gguf import GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from hasten.models.decoder import Decoder
@@ -167,3 +171,142 @@ def run_in_steps() -> Callable[[Decoder, Tensor, list[int]], Tensor]:
         return torch.cat(rows)
 
     return run
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GGUF_GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def quantised(kind: str, weight_OI: np.ndarray, seed: int) -> np.ndarray:
+    """Weights in a ggml type. The package cannot quantise to K types: those get random codes with modest scales."""
+    ggml = GGMLQuantizationType[kind]
+    if not kind.endswith("_K"):
+        return quantize(weight_OI, ggml)
+    block, size = GGML_QUANT_SIZES[ggml]
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (weight_OI.shape[0], weight_OI.shape[1] // block, size), dtype=np.uint8)
+    offsets = (208,) if kind == "Q6_K" else (0, 2)
+    for offset in offsets:
+        scale = (
+            rng.uniform(1e-5, 5e-5, data.shape[:2])
+            if kind == "Q6_K"
+            else rng.uniform(1e-4, 3e-4, data.shape[:2])
+        )
+        data[..., offset : offset + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+    return data.reshape(weight_OI.shape[0], -1)
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a head in the order of llama-architecture files: pair (i, i + D/2) side by side."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.fixture
+def write_gguf() -> Callable[..., Path]:
+    """Write a `transformers` model as GGUF, its linears in type ``kind``, and set the model to those values.
+
+    After the call the model holds exactly what the file holds. ``fields``: more metadata, by key; a value of None
+    leaves a key out. ``edit`` may change the arrays by GGUF name before they are written.
+    """
+
+    def write(
+        path: Path,
+        model: transformers.PreTrainedModel,
+        kind: str = "F32",
+        embedding: str | None = None,
+        fields: dict[str, object] | None = None,
+        edit: Callable[[dict[str, np.ndarray]], None] | None = None,
+        extra: dict[str, np.ndarray] | None = None,
+    ) -> Path:
+        config = model.config
+        arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        writer = GGUFWriter(str(path), arch)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_key_length(head_size)
+        writer.add_value_length(head_size)
+        rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if arch == "gemma3" or (config.model_type == "mistral" and config.sliding_window):
+            writer.add_sliding_window(config.sliding_window)
+        for key, value in (fields or {}).items():
+            _add_field(writer, key, value)
+        names = _GGUF_NAMES | (_GGUF_GEMMA_NAMES if arch == "gemma3" else {})
+        arrays: dict[str, np.ndarray] = {}
+        kinds: dict[str, str] = {}
+        with torch.no_grad():
+            for seed, (name, parameter) in enumerate(model.named_parameters()):
+                value = parameter.numpy()
+                theirs = _gguf_name(name, names)
+                if value.ndim == 1:
+                    stored, stored_kind = value + (arch == "gemma3" and "norm" in name), "F32"
+                else:
+                    stored_kind = embedding or kind if "embed_tokens" in name else kind
+                    stored = quantised(stored_kind, value, seed)
+                    parameter.copy_(torch.from_numpy(dequantize(stored, GGMLQuantizationType[stored_kind])))
+                if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+                    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+                    stored = interleave(stored, heads)
+                arrays[theirs], kinds[theirs] = np.ascontiguousarray(stored), stored_kind
+        if edit is not None:
+            edit(arrays)
+        for theirs, stored in (arrays | (extra or {})).items():
+            stored_kind = kinds.get(theirs, "F32")
+            raw = None if stored_kind in ("F32", "F16") else GGMLQuantizationType[stored_kind]
+            writer.add_tensor(theirs, stored, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+def _gguf_name(name: str, names: dict[str, str]) -> str:
+    stem, _, suffix = name.removeprefix("model.").rpartition(".")
+    top = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+    if stem in top:
+        return f"{top[stem]}.{suffix}"
+    _, layer, leaf = stem.split(".", 2)
+    return f"blk.{layer}.{names[leaf]}.{suffix}"
+
+
+def _add_field(writer: GGUFWriter, key: str, value: object) -> None:
+    match value:
+        case None:
+            writer.kv_data[0].pop(key, None)
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list() | tuple():
+            writer.add_array(key, value)
+        case _:
+            raise TypeError(key)
