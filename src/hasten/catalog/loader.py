@@ -1,17 +1,25 @@
-"""Reads the catalogue: one TOML table per system, grouped by family in ``records/``. No torch here."""
+"""Reads the catalogue: one TOML table per system, grouped by family in ``records/``.
+
+Neither torch nor pydantic is imported here until a technique's class is asked for, so that a listing is instant.
+"""
 
 from __future__ import annotations
 
 import importlib
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, get_args
+from importlib.resources.abc import Traversable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hasten.core.errors import HastenError, NotBuiltError, UnknownNameError
 from hasten.core.slots import SLOTS
-from hasten.core.technique import Technique
+
+if TYPE_CHECKING:
+    from hasten.core.technique import Technique
 
 State = Literal["planned", "experimental", "available"]
 STATES: tuple[str, ...] = get_args(State)
@@ -21,8 +29,11 @@ STATES: tuple[str, ...] = get_args(State)
 class Record:
     """What the catalogue knows of one system.
 
-    ``claim`` is the paper's figure with its setting; ``target`` is what its specification asks of an
-    x86-64 CPU; ``technique`` is ``module:Class`` once code exists; ``workload`` is the job it is compared on.
+    slug: its name in plans, file names and commands. family: the room of the house, the record's file name.
+    source: authors, venue, arXiv number. kind: what sort of method, whether it is trained, what it loses.
+    claim: the paper's figure with its setting. target: what is asked of an x86-64 CPU before the system counts
+    as available. slots: names of `hasten.core.slots`. lossless: see `hasten.core.technique.Technique`.
+    technique: ``module:Class`` once code exists. workload: the job it is compared on.
     """
 
     slug: str
@@ -38,52 +49,66 @@ class Record:
     technique: str = ""
     workload: str = ""
 
+    @property
+    def built(self) -> bool:
+        return self.state != "planned"
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-able form, fields in order of declaration."""
+        return {**asdict(self), "slots": list(self.slots)}
 
     def load(self) -> type[Technique]:
-        """Import and return the technique's class; raise `NotBuiltError` while it is planned."""
-        if self.state == "planned" or not self.technique:
+        """Import and return the technique's class.
+
+        Raises `NotBuiltError` while it is planned, and `HastenError` when the import path leads nowhere or to
+        something that is not a `Technique`. A missing optional dependency raises its own `ImportError`.
+        """
+        if not self.built:
             raise NotBuiltError(
                 f"{self.slug} is planned: no code exists yet (`hasten list --state available` shows what runs)"
             )
+        from hasten.core.technique import Technique
+
         module, _, name = self.technique.partition(":")
-        found = getattr(importlib.import_module(module), name)
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise
+            raise HastenError(
+                f"catalogue: {self.slug} names {self.technique}, but there is no module {error.name}"
+            ) from None
         if not (isinstance(found, type) and issubclass(found, Technique)):
             raise HastenError(f"catalogue: {self.technique} of {self.slug} is not a Technique class")
         return found
 
 
-@cache
-def records() -> dict[str, Record]:
-    """All records by slug, in family and file order."""
+def read_records(folder: Traversable) -> dict[str, Record]:
+    """Read every ``FAMILY.toml`` of ``folder``: all records by slug, in family and file order.
+
+    Raises `HastenError` for broken TOML, a missing field, a field of the wrong type, a slug that is no identifier
+    or occurs twice, and a state without (or with a superfluous) import path; `UnknownNameError` for an unknown
+    field, slot or state. Every message names the file and the record.
+    """
     out: dict[str, Record] = {}
-    folder = resources.files("hasten.catalog").joinpath("records")
     for entry in sorted(folder.iterdir(), key=lambda e: e.name):
         if not entry.name.endswith(".toml"):
             continue
-        family = entry.name.removesuffix(".toml")
-        for table in tomllib.loads(entry.read_text(encoding="utf-8"))["system"]:
-            record = _record(family, table)
+        for table in _tables(entry):
+            record = _record(entry.name, table)
             if record.slug in out:
-                raise HastenError(f"catalogue: {record.slug} is recorded twice")
+                first = out[record.slug].family
+                raise HastenError(
+                    f"catalogue: {record.slug} is recorded twice, in {first}.toml and {entry.name}"
+                )
             out[record.slug] = record
     return out
 
 
-def _record(family: str, table: dict[str, Any]) -> Record:
-    known = {f.name for f in fields(Record)} - {"family"}
-    for key in table:
-        if key not in known:
-            raise UnknownNameError("catalogue field", key, known, f"in {family}.toml")
-    slots = tuple(table.pop("slots"))
-    for name in slots:
-        if name not in SLOTS:
-            raise UnknownNameError("slot", name, SLOTS, f"record {table['slug']} in {family}.toml")
-    record = Record(family=family, slots=slots, **table)
-    if record.state not in STATES:
-        raise UnknownNameError("state", record.state, STATES, f"record {record.slug}")
-    return record
+@cache
+def records() -> Mapping[str, Record]:
+    """The records of this installation by slug, in family and file order; read once, not to be changed."""
+    return MappingProxyType(read_records(resources.files("hasten.catalog").joinpath("records")))
 
 
 def record(slug: str) -> Record:
@@ -97,3 +122,77 @@ def record(slug: str) -> Record:
 def technique(slug: str) -> type[Technique]:
     """The `Technique` class of ``slug``: the resolver that plans use."""
     return record(slug).load()
+
+
+def families() -> tuple[str, ...]:
+    """The families that have records, in order."""
+    return tuple(dict.fromkeys(record.family for record in records().values()))
+
+
+def select(family: str | None = None, state: str | None = None, slot: str | None = None) -> list[Record]:
+    """The records that match every given filter; `UnknownNameError` for a filter value that does not exist."""
+    for kind, value, known in (
+        ("family", family, families()),
+        ("state", state, STATES),
+        ("slot", slot, tuple(SLOTS)),
+    ):
+        if value is not None and value not in known:
+            raise UnknownNameError(kind, value, known, "one of " + ", ".join(known))
+    return [
+        record
+        for record in records().values()
+        if (family is None or record.family == family)
+        and (state is None or record.state == state)
+        and (slot is None or slot in record.slots)
+    ]
+
+
+def _tables(entry: Traversable) -> list[dict[str, Any]]:
+    try:
+        data = tomllib.loads(entry.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HastenError(f"catalogue: {entry.name} is not valid TOML: {error}") from None
+    tables = data.pop("system", None)
+    if data or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise HastenError(f"catalogue: {entry.name} must hold [[system]] tables and nothing else")
+    return tables
+
+
+def _record(file: str, table: Mapping[str, Any]) -> Record:
+    slug = table.get("slug", "")
+    where = f"record {slug!r} of {file}" if slug else f"a record of {file}"
+    known = {f.name: f for f in fields(Record) if f.name != "family"}
+    for key in table:
+        if key not in known:
+            raise UnknownNameError("catalogue field", key, known, f"in {where}")
+    for name, field in known.items():
+        if name not in table:
+            if field.default is MISSING:
+                raise HastenError(f"catalogue: {where} has no {name}")
+        elif name == "slots":
+            if not _is_names(table["slots"]):
+                raise HastenError(f"catalogue: slots of {where} must be a list of at least one slot name")
+        elif not isinstance(table[name], bool if name == "lossless" else str):
+            raise HastenError(
+                f"catalogue: {name} of {where} must be {'true or false' if name == 'lossless' else 'text'}, "
+                f"not {table[name]!r}"
+            )
+    if not slug.isidentifier():
+        raise HastenError(f"catalogue: the slug of {where} must be a valid Python identifier")
+    for name in table["slots"]:
+        if name not in SLOTS:
+            raise UnknownNameError("slot", name, SLOTS, f"in {where}")
+    record = Record(**{**table, "family": file.removesuffix(".toml"), "slots": tuple(table["slots"])})
+    if record.state not in STATES:
+        raise UnknownNameError("state", record.state, STATES, f"in {where}; one of {', '.join(STATES)}")
+    if record.built and record.technique.count(":") != 1:
+        raise HastenError(f'catalogue: {where} is {record.state}, so it needs technique = "module:Class"')
+    if record.technique and not record.built:
+        raise HastenError(
+            f'catalogue: {where} has code ({record.technique}) but is planned; set state = "experimental"'
+        )
+    return record
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
