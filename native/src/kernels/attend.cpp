@@ -111,14 +111,6 @@ void locate(const Work& w, const Call& c, const Task& task, int from, int to, To
   }
 }
 
-struct Scratch {
-  State state;
-  Packed packed;
-  Padded padded;
-  std::vector<float> query;
-  std::vector<Span> span;
-};
-
 template <typename KV>
 void run_task(const Work& w, const Call& c, const Task& task) {
   static thread_local Scratch scratch;
@@ -136,10 +128,7 @@ void run_task(const Work& w, const Call& c, const Task& task) {
     low = std::min(low, w.first[e]);
     high = std::max(high, w.limit[e]);
   }
-  const bool few = rows <= kFew;
-  const bool whole = c.size % vf::width == 0;
-  if (!few) interleave(st, c.size, scratch.query);
-  scratch.span.assign(st.m.size(), Span{0, 0});
+  scratch.ready(c.size);
   // Start on a page boundary, so that a tile is whole pages.
   low -= low < high ? low % c.page : 0;
 
@@ -154,15 +143,7 @@ void run_task(const Work& w, const Call& c, const Task& task) {
       const Span s{std::max(0, w.first[e] - t), std::min(count, w.limit[e] - t)};
       std::fill_n(scratch.span.begin() + (e - task.begin) * repeat, repeat, s);
     }
-    if (!few) {
-      scratch.packed.pack(tiles[now], count, c.size, st.stride);
-      many_tile(st, scratch.query.data(), scratch.packed, c.size, scratch.span.data(), logits.cap);
-    } else if (whole) {
-      few_tile(st, tiles[now], scratch.span.data(), logits.cap, &tiles[1 - now], ahead);
-    } else {
-      scratch.padded.copy(tiles[now], count, c.size, st.stride);
-      few_tile<float>(st, scratch.padded.tokens, scratch.span.data(), logits.cap, nullptr, 0);
-    }
+    scratch.add(tiles[now], count, c.size, logits.cap, &tiles[1 - now], ahead);
     now = 1 - now;
   }
   for (int e = task.begin; e < task.end; ++e)

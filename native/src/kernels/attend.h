@@ -487,4 +487,34 @@ struct Padded {
   }
 };
 
+// Everything one task needs: the state of its query vectors and the scratch of either way through a tile.
+struct Scratch {
+  State state;
+  std::vector<Span> span;  // what each query vector sees of the current tile; set by the caller
+  Packed packed;
+  Padded padded;
+  std::vector<float> query;
+  bool few = true;
+
+  // Call after the query vectors are loaded.
+  void ready(int size) {
+    few = state.count <= kFew;
+    if (!few) interleave(state, size, query);
+    span.assign(state.m.size(), Span{0, 0});
+  }
+
+  template <typename KV>
+  void add(const Tokens<KV>& tile, int count, int size, float cap, const Tokens<KV>* next, int ahead) {
+    if (!few) {
+      packed.pack(tile, count, size, state.stride);
+      many_tile(state, query.data(), packed, size, span.data(), cap);
+    } else if (size % vf::width == 0) {
+      few_tile(state, tile, span.data(), cap, next, ahead);
+    } else {
+      padded.copy(tile, count, size, state.stride);
+      few_tile<float>(state, padded.tokens, span.data(), cap, nullptr, 0);
+    }
+  }
+};
+
 }  // namespace hasten::attend

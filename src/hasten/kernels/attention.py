@@ -203,8 +203,39 @@ def attend_tokens(
     count_RX: Tensor,
     scale: float,
     softcap: float | None = None,
+    *,
+    module: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over chosen tokens, read straight from the pages: ``(out_RHD, lse_RH)``."""
-    from hasten.kernels.reference import attention as reference
+    """Attention over chosen tokens, read straight from the pages: ``(out_RHD, lse_RH)``, float32.
 
-    return reference.attend_tokens(q_RHD, k_NGPD, v_NGPD, page_table_RM, index_RXK, count_RX, scale, softcap)
+    Row r attends to tokens ``index_RXK[r, x, :count_RX[r, x]]`` (int32) of the sequence whose pages are
+    ``page_table_RM[r]`` (int32); X is G (the query heads of a kv head share a choice) or H. A count of 0 gives 0 and -inf.
+
+    Raises TypeError for a wrong dtype and ValueError for shapes that do not fit or a token that has no page.
+    """
+    lib = native() if module is None else module
+    rows, heads, size = _float_rows("q_RHD", q_RHD)
+    pages, groups, page, bf16 = _pages(q_RHD, k_NGPD, v_NGPD)
+    if page_table_RM.shape[0] != rows:
+        raise ValueError(f"page_table_RM has {page_table_RM.shape[0]} rows, q_RHD {rows}")
+    out = torch.empty((rows, heads, size))
+    lse = torch.empty((rows, heads))
+    lib.attend_tokens(
+        q_RHD.data_ptr(),
+        k_NGPD.data_ptr(),
+        v_NGPD.data_ptr(),
+        index_array("page_table_RM", page_table_RM, 2),
+        index_array("index_RXK", index_RXK, 3),
+        index_array("count_RX", count_RX, 2),
+        out.data_ptr(),
+        lse.data_ptr(),
+        heads,
+        groups,
+        size,
+        pages,
+        page,
+        bf16,
+        scale,
+        _cap(softcap),
+    )
+    return out, lse
