@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_LAYERS = 4096
+"""More than any model has: a larger number is a damaged file, refused before it costs memory."""
+
 
 @dataclass(frozen=True)
 class HeadShape:

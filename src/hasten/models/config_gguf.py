@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hasten.core.errors import ModelError, UnsupportedError
-from hasten.models.config import DecoderConfig, HeadShape, RopeSpec
+from hasten.models.config import MAX_LAYERS, DecoderConfig, HeadShape, RopeSpec
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 _GEMMA_PATTERN = 6  # every sixth layer is global; the file does not say
@@ -68,6 +68,10 @@ def config_from_gguf(
     if rotated > size or (meta.arch == "llama" and rotated != size):
         raise UnsupportedError(f"{where}: RoPE over {rotated} of {size} dimensions is not supported")
     layers = meta.integer("block_count")
+    if layers > MAX_LAYERS:
+        raise ModelError(
+            f"{where}: '{meta.arch}.block_count' is {layers}; no model has more than {MAX_LAYERS}"
+        )
     gemma = meta.arch == "gemma3"
     embedding = shapes.get("token_embd.weight", (meta.get("vocab_size", 0), hidden))
     window, window_layers, local_rope = None, (), None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.core.errors import ModelError, UnsupportedError
-from hasten.models.config import DecoderConfig, HeadShape, RopeSpec
+from hasten.models.config import MAX_LAYERS, DecoderConfig, HeadShape, RopeSpec
 from hasten.models.rope import scaling_kind
 
 
@@ -124,6 +124,8 @@ def config_from_hf(data: dict[str, Any], where: str) -> DecoderConfig:
         raise ModelError(f"{where}: {heads} query heads do not divide among {kv_heads} key/value heads")
     size = fields.integer("head_dim", hidden // heads)
     layers = fields.integer("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise ModelError(f"{where}: 'num_hidden_layers' is {layers}; no model has more than {MAX_LAYERS}")
     activation = str(data.get("hidden_activation") or fields.get("hidden_act"))
     if activation not in ACTIVATIONS:
         raise UnsupportedError(f"{where}: activation {activation!r} (supported: {', '.join(ACTIVATIONS)})")

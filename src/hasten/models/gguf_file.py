@@ -79,10 +79,9 @@ class GGUFFile:
             if key in self.fields:
                 raise ModelFormatError(f"{path}: metadata key {key!r} appears twice")
             self.fields[key] = self._value(self._scalar("I"))
-        if self.fields.get("split.count", 1) > 1:
+        if (parts := self.fields.get("split.count", 1)) not in (0, 1):
             raise ModelFormatError(
-                f"{path}: one of {self.fields['split.count']} parts of a split model; "
-                "merge them with llama-gguf-split --merge"
+                f"{path}: one of {parts} parts of a split model; merge them with llama-gguf-split --merge"
             )
         self.tensors = self._tensor_table(tensor_count)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +38,20 @@ _SANDWICH_NAMES = {
     "post_mlp_norm": "post_feedforward_layernorm",
 }
 _FLOATS = {"F32", "F16", "BF16"}
+_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_SIZES |= {"I8": 1, "U8": 1, "BOOL": 1}
 _MAX_HEADER = 100 << 20  # safetensors' own limit
 QUANT_METHODS = ("gptq",)
+
+
+def standard_name(name: str, sandwich_norm: bool) -> str:
+    """The Hugging Face name, without its prefix, of a tensor or linear: ``layers.3.self_attn.q_proj``."""
+    match = re.fullmatch(r"layers\.(\d+)\.(\w+)(\..*)?", name)
+    if match is None:
+        return name
+    index, leaf, suffix = match.groups()
+    names = _LAYER_NAMES | (_SANDWICH_NAMES if sandwich_norm else {})
+    return f"layers.{index}.{names[leaf]}{suffix or ''}"
 
 
 class HFCheckpoint(Checkpoint):
@@ -129,12 +142,7 @@ class HFCheckpoint(Checkpoint):
         if name.startswith("lm_head"):
             prefix = "language_model." if self._prefix == "language_model.model." else ""
             return prefix + name
-        match = re.fullmatch(r"layers\.(\d+)\.(\w+)(\..*)?", name)
-        if match is None:
-            return self._prefix + name
-        index, leaf, suffix = match.groups()
-        names = _LAYER_NAMES | (_SANDWICH_NAMES if self.config.sandwich_norm else {})
-        return f"{self._prefix}layers.{index}.{names[leaf]}{suffix or ''}"
+        return self._prefix + standard_name(name, self.config.sandwich_norm)
 
     def _check_tensors(self) -> None:
         found: dict[str, tuple[int, ...]] = {}
@@ -263,13 +271,17 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     for name, entry in table.items():
         try:
             start, end = (int(offset) for offset in entry["data_offsets"])
-            shape = tuple(int(length) for length in entry["shape"])
+            shape = tuple(int(extent) for extent in entry["shape"])
             dtype = str(entry["dtype"])
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFormatError(f"{path}: corrupt safetensors header at tensor {name!r}") from error
         if not 0 <= start <= end or 8 + length + end > size:
             raise ModelFormatError(
                 f"{path}: tensor {name!r} ends at byte {8 + length + end} of a file of {size}; truncated"
+            )
+        if dtype in _SIZES and end - start != math.prod(shape) * _SIZES[dtype]:
+            raise ModelFormatError(
+                f"{path}: tensor {name!r} of shape {shape} and type {dtype} does not take {end - start} bytes"
             )
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
     return table
