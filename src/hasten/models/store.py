@@ -58,10 +58,14 @@ def resolve(name_or_path: str | Path, allow_pull: bool = True) -> Path:
     model = known_models().get(text) if isinstance(name_or_path, str) else None
     if model is not None:
         return _resolve_known(model, allow_pull)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name_or_path).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, no permission, ...
+        raise ModelError(f"{text[:100]!r} cannot be the path of a model: {error}") from None
+    if is_folder:
         return path.absolute()
-    if path.is_file():
+    if is_file:
         return _check_file(path.absolute())
     if _is_hub_id(text, path):
         return _resolve_hub(text, allow_pull)
