@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.catalog import loader
+from hasten.catalog import cards, loader
 from hasten.core.errors import NotBuiltError, UnknownNameError
 from hasten.core.technique import Technique
 
@@ -102,3 +102,12 @@ def test_select_filters_and_combines():
 def test_select_refuses_unknown_values(filters: dict[str, str], message: str):
     with pytest.raises(UnknownNameError, match=message):
         loader.select(**filters)
+
+
+@pytest.mark.parametrize("slug", [slug for slug in BUILT if RECORDS[slug].state == "available"])
+def test_an_available_system_has_published_a_comparison(slug: str):
+    """The rule of the states: nothing is available without a measured ratio and an acceptance file."""
+    checkout = cards.source_checkout()
+    assert checkout is not None
+    assert cards.published_of(RECORDS[slug], checkout) is not None
+    assert (checkout / "tests" / "acceptance" / f"{slug}.py").is_file()
