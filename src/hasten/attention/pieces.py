@@ -117,6 +117,19 @@ def sequence_pieces(rows: Rows, base_S: Ints | None = None) -> Pieces:
     )
 
 
+def join(a: Pieces, b: Pieces) -> Pieces:
+    """The pieces of ``a``, then those of ``b``."""
+    return Pieces(
+        page_C=np.concatenate((a.page_C, b.page_C)),
+        page_start_J1=np.concatenate((a.page_start_J1, b.page_start_J1[1:] + len(a.page_C))),
+        base_J=np.concatenate((a.base_J, b.base_J)),
+        row_start_J1=np.concatenate((a.row_start_J1, b.row_start_J1[1:] + len(a.row_E))),
+        row_E=np.concatenate((a.row_E, b.row_E)),
+        first_E=np.concatenate((a.first_E, b.first_E)),
+        limit_E=np.concatenate((a.limit_E, b.limit_E)),
+    )
+
+
 def windowed(pieces: Pieces, limit_T: Ints, window: int | None) -> Pieces:
     """Each row sees at most its last ``window`` tokens (its own included)."""
     if window is None:

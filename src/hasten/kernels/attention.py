@@ -209,7 +209,8 @@ def attend_tokens(
     """Attention over chosen tokens, read straight from the pages: ``(out_RHD, lse_RH)``, float32.
 
     Row r attends to tokens ``index_RXK[r, x, :count_RX[r, x]]`` (int32) of the sequence whose pages are
-    ``page_table_RM[r]`` (int32); X is G (the query heads of a kv head share a choice) or H. A count of 0 gives 0 and -inf.
+    ``page_table_RM[r]`` (int32); X is G (the query heads of a kv head share a choice)
+    or H. A count of 0 gives 0 and -inf.
 
     Raises TypeError for a wrong dtype and ValueError for shapes that do not fit or a token that has no page.
     """

@@ -1,0 +1,85 @@
+// rope_append: rotary embedding of queries and keys in place, and the append of keys and values to the KV pages.
+//
+// Half-split rotation (RoFormer section 3.2, in the layout of Hugging Face checkpoints): dimension i < R / 2 pairs with
+// i + R / 2; dimensions beyond R pass through.
+#include "simd.h"
+
+namespace hasten {
+namespace {
+
+struct Rows {  // float rows of `heads` heads; rows lie `stride` floats apart (they may be slices of a fused projection)
+  float* data;
+  std::int64_t stride;
+  int heads;
+};
+
+std::uint16_t to_bf16(float x) {  // round to nearest even, as torch does
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
+  return static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void rotate(float* x, const float* cos, const float* sin, int half) {
+  int i = 0;
+  for (; i + vf::width <= half; i += vf::width) {
+    const vf a = vf::load(x + i), b = vf::load(x + half + i);
+    (a * vf::load(cos + i) - b * vf::load(sin + i)).store(x + i);
+    fma(b, vf::load(cos + half + i), a * vf::load(sin + half + i)).store(x + half + i);
+  }
+  for (; i < half; ++i) {
+    const float a = x[i], b = x[half + i];
+    x[i] = a * cos[i] - b * sin[i];
+    x[half + i] = b * cos[half + i] + a * sin[half + i];
+  }
+}
+
+void store(const float* from, float* to, int size) { std::memcpy(to, from, static_cast<std::size_t>(size) * sizeof *to); }
+void store(const float* from, std::uint16_t* to, int size) {
+  for (int d = 0; d < size; ++d) to[d] = to_bf16(from[d]);
+}
+
+template <typename KV>
+void append(const Rows& from, std::int64_t row, KV* pages, std::int64_t slot, int page, int size) {
+  KV* to = pages + ((slot / page * from.heads) * page + slot % page) * size;
+  for (int g = 0; g < from.heads; ++g)
+    store(from.data + row * from.stride + static_cast<std::int64_t>(g) * size,
+          to + static_cast<std::int64_t>(g) * page * size, size);
+}
+
+void rope_append(std::uintptr_t q, std::int64_t q_stride, int heads, std::uintptr_t k, std::int64_t k_stride,
+                 std::uintptr_t v, std::int64_t v_stride, int groups, int size, std::uintptr_t cos, std::uintptr_t sin,
+                 int rotated, bool rotate_keys, Array<const std::int64_t, -1> slot, std::uintptr_t k_pages,
+                 std::uintptr_t v_pages, std::int64_t pages, int page, bool bf16) {
+  const Rows qs{reinterpret_cast<float*>(q), q_stride, heads}, ks{reinterpret_cast<float*>(k), k_stride, groups},
+      vs{reinterpret_cast<float*>(v), v_stride, groups};
+  const auto rows = static_cast<std::int64_t>(slot.shape(0));
+  const std::int64_t* slots = slot.data();
+  for (std::int64_t t = 0; t < rows; ++t)
+    require(slots[t] >= 0 && slots[t] < pages * page, "slot_T names a token outside the page pool");
+  const float* c = reinterpret_cast<const float*>(cos);
+  const float* s = reinterpret_cast<const float*>(sin);
+  const int half = rotated / 2;
+  nb::gil_scoped_release release;
+  const bool parallel = rows * (heads + 2 * groups) * size > 200000;
+#pragma omp parallel for schedule(static) if (parallel)
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const float *ct = c + t * rotated, *st = s + t * rotated;
+    for (int h = 0; h < heads; ++h) rotate(qs.data + t * qs.stride + static_cast<std::int64_t>(h) * size, ct, st, half);
+    if (rotate_keys)
+      for (int g = 0; g < groups; ++g)
+        rotate(ks.data + t * ks.stride + static_cast<std::int64_t>(g) * size, ct, st, half);
+    if (bf16) {
+      append(ks, t, reinterpret_cast<std::uint16_t*>(k_pages), slots[t], page, size);
+      append(vs, t, reinterpret_cast<std::uint16_t*>(v_pages), slots[t], page, size);
+    } else {
+      append(ks, t, reinterpret_cast<float*>(k_pages), slots[t], page, size);
+      append(vs, t, reinterpret_cast<float*>(v_pages), slots[t], page, size);
+    }
+  }
+}
+
+HASTEN_KERNELS(m) { m.def("rope_append", &rope_append); }
+
+}  // namespace
+}  // namespace hasten
