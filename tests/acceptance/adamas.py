@@ -1,0 +1,271 @@
+"""Acceptance of `adamas` (checks 1, 2, 3, 4 and 6 of its specification; 5 is a speed claim: `hasten bench adamas`)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import hasten
+from hasten.attention.adamas import SIDECAR, Adamas, AdamasPolicy
+from hasten.attention.calibration import capture
+from hasten.attention.quest import Quest, QuestPolicy
+from hasten.core.artefact import ArtefactStore
+from hasten.core.errors import UnsupportedError
+from hasten.core.plan import Plan
+from hasten.kernels import codes
+from hasten.kernels.reference import codes as reference
+from hasten.lm.llm import LLM
+from hasten.lm.request import SamplingParams
+from hasten.models.checkpoint import open_checkpoint
+from hasten.models.context import BuildContext
+
+from ..lm.lm_tiny import write_checkpoint
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_checkpoint(
+        tmp_path_factory.mktemp("adamas") / "tiny", layers=4, heads=6, kv_heads=2, head_size=32
+    )
+
+
+def adamas(**settings: object) -> Adamas:
+    return Adamas(**{"fixed_cut": 0.5, **settings})
+
+
+def prompts(count: int, low: int = 60, high: int = 200) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 300, int(n)).tolist() for n in rng.integers(low, high, count)]
+
+
+def run(model: Path, use: list[object], given: list[list[int]], **engine: object) -> list[tuple[int, ...]]:
+    with LLM(model, use=use, dtype="float32", **engine) as llm:
+        out = [c.token_ids for c in llm.generate(given, GREEDY)]
+        assert llm.engine.cache.pool.used == llm.facts()["pages_stored"]
+    return out
+
+
+# -- 1. a budget of the whole context is dense attention ----------
+
+
+@pytest.mark.parametrize("select", ["group", "per_head"])
+def test_budget_of_the_whole_context_changes_nothing(tiny, select):
+    given = prompts(3)
+    dense = run(tiny, [], given)
+    assert run(tiny, [adamas(budget=512, select=select)], given) == dense
+
+
+@pytest.mark.parametrize("select", ["group", "per_head"])
+def test_choosing_every_token_through_the_sparse_path_is_dense_attention(tiny, select, monkeypatch):
+    """The row goes through selection and gathering, with all its tokens chosen: logits within 1e-4 of dense."""
+    (ids,) = prompts(1, 150, 151)
+    with LLM(tiny, dtype="float32") as llm:
+        dense = llm.score(ids, context=100, mode="decode").logprobs
+    nearest = AdamasPolicy.nearest
+
+    def begin(self, layout):
+        self.row_R = layout.query_start_S1[:-1].long() if bool(layout.decode_rows().all()) else None
+        self.length_R, self.table_RM = layout.kv_len_S.contiguous(), layout.page_table_SM.contiguous()
+
+    chosen: list[int] = []
+
+    def spy(self, layer, q_RHD):
+        index, count = nearest(self, layer, q_RHD)
+        chosen.append(int(count.min()) - int(self.length_R.max()))
+        return index, count
+
+    monkeypatch.setattr(AdamasPolicy, "begin_step", begin)
+    monkeypatch.setattr(AdamasPolicy, "nearest", spy)
+    with LLM(tiny, use=[adamas(budget=400, select=select)], dtype="float32") as llm:
+        sparse = llm.score(ids, context=100, mode="decode").logprobs
+    assert chosen
+    assert set(chosen) == {0}
+    np.testing.assert_allclose(sparse, dense, atol=1e-4)
+
+
+# -- 2. the codes are exact ----------
+
+
+def test_distance_of_a_hundred_thousand_codes_equals_numpy():
+    rng = np.random.default_rng(1)
+    key, query = rng.integers(0, 4, (1, 1600, 1, 64)), rng.integers(0, 4, (1, 1, 64))
+    pool = reference.pack(torch.from_numpy(key)).view(50, 32, 1, 2, 8).transpose(1, 2).contiguous()
+    table, length = torch.arange(50, dtype=torch.int32)[None], torch.tensor([1600], dtype=torch.int32)
+    got = codes.hadamard_distance(reference.pack(torch.from_numpy(query)), pool, table, length)
+    assert key.size >= 100_000
+    np.testing.assert_array_equal(got[0, 0].numpy(), np.abs(key[0, :, 0] - query[0, 0]).sum(-1))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_encoding_equals_bucketising_an_explicit_hadamard_product(size):
+    x = torch.randn(50, 4, size, generator=torch.Generator().manual_seed(size)) * 3
+    y = x.double().numpy() @ (scipy.linalg.hadamard(size) / math.sqrt(size))
+    cut = 1.7
+    want = (y > -cut).astype(int) + (y > 0) + (y > cut)
+    near = (np.abs(y) < 1e-4) | (np.abs(np.abs(y) - cut) < 1e-4)
+    got = reference.unpack(codes.hadamard_encode(x, cut)).numpy()
+    assert ((got == want) | near).all()
+
+
+# -- 6. the sidecar lives and dies with its page ----------
+
+
+def test_sidecar_takes_a_quarter_byte_per_coordinate(tiny):
+    with LLM(tiny, use=[adamas(dense_layers=2)], dtype="float32", kv_tokens=512) as llm:
+        tensors = llm.engine.cache.sidecars.by_name[SIDECAR]
+        assert sorted(tensors) == [2, 3]
+        kv_heads, size, tokens = 2, 32, 512
+        assert all(t.numel() * t.element_size() == tokens * kv_heads * size // 4 for t in tensors.values())
+
+
+@pytest.mark.parametrize("select", ["group", "per_head"])
+def test_preemption_prefix_sharing_and_mixed_lengths_change_nothing(tiny, select):
+    given = prompts(5)
+    given += [[*given[0][:70], 7, 8, 9], [*given[0][:70], 11]]  # share whole pages with the first
+    technique = adamas(budget=24, select=select)
+    alone = [run(tiny, [technique], [ids], prefix_cache=False)[0] for ids in given]
+    assert run(tiny, [technique], given) == alone
+    assert run(tiny, [technique], given, max_step_tokens=33) == alone
+    assert run(tiny, [technique], given, kv_tokens=480, page_size=16) == alone  # pages run out: preempted
+    assert alone != run(tiny, [], given)  # the budget is felt at all
+
+
+def test_choices_of_one_request_that_fork_agree_with_separate_runs(tiny):
+    (ids,) = prompts(1)
+    with LLM(tiny, use=[adamas(budget=24)], dtype="float32") as llm:
+        both = llm.generate([ids], SamplingParams(max_tokens=16, temperature=0, n=2, ignore_eos=True))[0]
+    assert (
+        both.samples[0].token_ids
+        == both.samples[1].token_ids
+        == run(tiny, [adamas(budget=24)], [ids])[0][:16]
+    )
+
+
+def test_calibration_is_kept_and_deterministic(tiny, tmp_path):
+    checkpoint = open_checkpoint(tiny)
+    context = BuildContext(
+        config=checkpoint.config,
+        checkpoint=checkpoint,
+        tokenizer=checkpoint.tokenizer(),
+        weight_dtype=torch.float32,
+        kv_dtype=torch.float32,
+        artefacts=ArtefactStore(tmp_path, "tiny"),
+        calibration=prompts(3),
+    )
+    first = Adamas().provide("attention_policy", context)
+    again = Adamas().provide("attention_policy", context)
+    assert first.cut_k == again.cut_k
+    assert len(list(tmp_path.glob("coordinate-spread-*"))) == 1
+    _, k_LTGD = capture(context, [t for ids in context.calibration for t in ids][:512])
+    transformed = k_LTGD[3].double() @ reference.hadamard(32) / math.sqrt(32)
+    assert first.cut_k[3] == pytest.approx(0.67 * float(transformed.square().mean().sqrt()), rel=1e-4)
+
+
+def test_refuses_a_head_size_without_hadamard_matrix(tmp_path):
+    model = write_checkpoint(tmp_path / "odd", head_size=24)
+    with pytest.raises(UnsupportedError, match="power of two"):
+        LLM(model, use=[adamas()], dtype="float32")
+
+
+# -- 3 and 4. quality on the default model ----------
+
+
+@pytest.fixture(scope="module")
+def long_ids(default_model_path, documentation) -> list[int]:
+    """8,000 tokens of held-out documentation."""
+    tokenizer = open_checkpoint(default_model_path).tokenizer()
+    text = max((d.text for d in documentation.documents("test")), key=len)
+    ids = tokenizer.encode(text[:60_000])[:8000]
+    assert len(ids) == 8000
+    return ids
+
+
+@pytest.mark.timeout(600)
+def test_perplexity_and_divergence_at_8k(default_model_path, long_ids):
+    """Increase of perplexity <= 1.5% at budget 256 and 0.5% at 512; mean KL to dense <= 0.08 and 0.04."""
+    context = len(long_ids) - 256
+    plan = Plan.of([Adamas(budget=256)], model=str(default_model_path), engine={"kv_tokens": 8192})
+    rows: list[torch.Tensor] = []
+    figures: dict[int, tuple[float, torch.Tensor]] = {}
+    with hasten.LLM(plan) as llm:
+        runner = llm.engine.runner
+        run_step = runner.run
+
+        def recording(chunks):
+            logits = run_step(chunks)
+            if len(chunks[0].token_ids) == 1:
+                rows.append(torch.log_softmax(logits.float(), -1))
+            return logits
+
+        runner.run = recording
+        for budget in (10_000, 512, 256):
+            runner.policy.settings = Adamas(budget=budget)
+            rows.clear()
+            score = llm.score(long_ids, context=context, mode="decode")
+            figures[budget] = (score.perplexity, torch.cat(rows))
+    dense_ppl, dense = figures[10_000]
+    for budget, increase, divergence in ((256, 0.015, 0.08), (512, 0.005, 0.04)):
+        ppl, logprobs = figures[budget]
+        kl = (dense.exp() * (dense - logprobs)).sum(-1).mean()
+        print(f"budget {budget}: ppl {ppl:.4f} against {dense_ppl:.4f}, KL {kl:.4f}")
+        assert ppl / dense_ppl - 1 <= increase
+        assert kl <= divergence
+
+
+def test_recall_of_the_top_64_is_at_least_quest_s(default_model_path, long_ids, tmp_path):
+    ids = long_ids[:3000]
+    checkpoint = open_checkpoint(default_model_path)
+    context = BuildContext(
+        config=checkpoint.config,
+        checkpoint=checkpoint,
+        tokenizer=checkpoint.tokenizer(),
+        weight_dtype=None,
+        kv_dtype=torch.float32,
+        artefacts=ArtefactStore(tmp_path, "model"),
+    )
+    q_LTHD, k_LTGD = capture(context, ids)
+    shape, rows = checkpoint.config.shape, torch.arange(len(ids) - 64, len(ids), 4)
+    for budget in (128, 256, 512):
+        ours = Adamas(budget=budget, select="per_head").provide("attention_policy", context)
+        quest = QuestPolicy(Quest(budget=budget), checkpoint.config.num_layers, shape.size)
+        recall: dict[str, list[float]] = {"adamas": [], "quest": []}
+        for layer in range(2, checkpoint.config.num_layers, 4):
+            q_THD, k_TGD = q_LTHD[layer], k_LTGD[layer]
+            pool, bounds = _pages(k_TGD, ours.cut_k[layer], 16)
+            table = torch.arange(pool.shape[0], dtype=torch.int32)[None]
+            quest.bounds = {layer: bounds}
+            for row in rows.tolist():
+                length = torch.tensor([row + 1], dtype=torch.int32)
+                q_RHD = q_THD[row : row + 1]
+                group = shape.heads // shape.kv_heads
+                exact = torch.einsum("hd,thd->ht", q_RHD[0], k_TGD[: row + 1].repeat_interleave(group, 1))
+                top = exact.topk(64, dim=1).indices
+                query = codes.hadamard_encode(q_RHD, ours.cut_q[layer])
+                index, count = codes.hadamard_select(query, pool, table, length, budget, per_head=True)
+                # Bounds of a partly filled last page hold later keys too; Quest reads that page in any case.
+                theirs, limit = quest.choose(layer, q_RHD, table.long(), length.long(), 16)
+                for name, chosen, valid in (("adamas", index, count), ("quest", theirs, limit)):
+                    for head in range(shape.heads):
+                        got = chosen[0, head, : int(valid[0, head])]
+                        recall[name].append(float(torch.isin(top[head], got.long()).float().mean()))
+        mean = {name: float(np.mean(values)) for name, values in recall.items()}
+        print(f"budget {budget}: recall {mean}")
+        assert mean["adamas"] >= mean["quest"]
+
+
+def _pages(k_TGD: torch.Tensor, cut: float, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, G, P, 2, B] and Quest bounds [N, G, 2, D] of keys laid out in consecutive pages."""
+    tokens, kv_heads, size = k_TGD.shape
+    pages = -(-tokens // page_size)
+    padded = torch.cat([k_TGD, k_TGD[-1:].expand(pages * page_size - tokens, -1, -1)])
+    pool = torch.zeros(pages, kv_heads, page_size, 2, size // 8, dtype=torch.uint8)
+    codes.hadamard_append(padded, cut, pool, torch.arange(pages * page_size))
+    by_page = padded.view(pages, page_size, kv_heads, size)
+    return pool, torch.stack([by_page.amin(1), by_page.amax(1)], dim=2)
