@@ -18,6 +18,7 @@ except ImportError as error:
     raise PluginError(f"the site needs hasten itself: pip install -e . ({error})") from error
 
 FOLDER = "systems"
+_WIDE = "---\nhide: [toc]\n---\n\n"  # the families stand in the navigation already
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -34,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages. A broken result file or record stops the build."""
     root = Path(config.config_file_path).parent
     _refuse_notes_of_nobody(root / "docs" / "notes")
-    pages = {f"{FOLDER}/index.md": cards.index(loader.records().values(), root)}
+    pages = {f"{FOLDER}/index.md": _WIDE + cards.index(loader.records().values(), root)}
     pages |= {f"{FOLDER}/{slug}.md": cards.card(record, root) for slug, record in loader.records().items()}
     pages["contributing.md"] = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for path, text in pages.items():

@@ -144,24 +144,24 @@ def test_a_system_without_settings_says_so(fakes: Any):
 def test_markup_in_titles_and_cells_is_escaped(fakes: Any):
     text = cards.card(fake_record())
     assert "# Fake: \\<b>Bold\\</b> Ideas" in text
-    assert "| Claim | 2x \\| on paper |" in text
+    assert "- **Claim**: 2x | on paper" in text
 
 
 def test_a_published_ratio_stands_beside_its_quality(fakes: Any, checkout: Path):
     publish(checkout, RESULT)
     text = cards.card(fake_record(), checkout)
-    assert "| Speed ratio | **1.62x**, 95% interval 1.50 to 1.75, 24 pairs of runs |" in text
-    assert "| Quality | perplexity 12.25 → 12.5 (lower is better) |" in text
-    assert "| Peak memory | 500 → 510 MiB |" in text
-    assert "| Candidate | `fake(budget=64)` |" in text
-    assert "| Machine | A Processor |" in text
-    assert "| Commit | `0123456789ab` |" in text
+    assert "- **Speed ratio**: **1.62x**, 95% interval 1.50 to 1.75, 24 pairs of runs\n" in text
+    assert "- **Quality**: perplexity 12.25 → 12.5 (lower is better)\n" in text
+    assert "- **Peak memory**: 500 → 510 MiB\n" in text
+    assert "- **Candidate**: `fake(budget=64)`\n" in text
+    assert "- **Machine**: A Processor\n" in text
+    assert "- **Commit**: `0123456789ab`\n" in text
     assert "Caution" not in text
 
 
 def test_doubts_about_a_result_are_shown(fakes: Any, checkout: Path):
     publish(checkout, {**RESULT, "unpublishable": ["the machine was busy"]})
-    assert "| Caution | the machine was busy |" in cards.card(fake_record(), checkout)
+    assert "- **Caution**: the machine was busy\n" in cards.card(fake_record(), checkout)
 
 
 def test_plans_and_machine_may_be_plain_text(checkout: Path):

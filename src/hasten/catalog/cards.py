@@ -130,7 +130,7 @@ def _facts(record: Record) -> str:
         ("Target here", record.target),
         ("Workload", f"`{record.workload}`" if record.workload else ""),
     )
-    return _table(("", ""), [row for row in rows if row[1]])
+    return _bullets([row for row in rows if row[1]])
 
 
 def _planned() -> str:
@@ -224,7 +224,7 @@ def _measured(record: Record, published: Published | None) -> str:
         ("Commit", f"`{p.commit[:12]}`"),
     ]
     rows += [("Caution", reason) for reason in p.doubts]
-    return _table(("", ""), rows)
+    return _bullets(rows)
 
 
 def _family(records: list[Record], checkout: Path | None) -> str:
@@ -247,6 +247,10 @@ def _family(records: list[Record], checkout: Path | None) -> str:
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _bullets(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- **{name}**: {_text(' '.join(text.split()))}" for name, text in rows)
 
 
 def _cell(text: str) -> str:
