@@ -53,13 +53,6 @@ class Providers:
 
     def __init__(self, plan: Plan, context: BuildContext) -> None:
         self.plan, self.context = plan, context
-        for technique in plan.techniques:
-            for name in technique.slots:
-                if SLOTS[name].engine != "lm" or SLOTS[name].interface is None:
-                    raise UnsupportedError(
-                        f"{technique.slug} fills slot {name!r}, which the language-model engine does not have; "
-                        f"remove {technique.slug}"
-                    )
 
     def all(self, slot: str) -> list[Any]:
         """Providers of an additive slot, in plan order."""
@@ -143,7 +136,7 @@ def default_weight_format(context: BuildContext) -> WeightFormat:
         return NativeFormat()
     from hasten.weights.dense import DenseFormat
 
-    return DenseFormat(context.weight_dtype)
+    return DenseFormat(str(context.weight_dtype).removeprefix("torch."))
 
 
 def default_kernel() -> AttentionKernel:

@@ -38,7 +38,7 @@ class Chunk:
 
     start: index of the first token in the sequence; tokens before it are cached, slots are reserved.
     positions: rotary positions of the tokens; logits: how many of the last rows need logits (0: none).
-    embeddings_TE: rows to use instead of the tokens' embeddings.
+    embeddings_TE: rows to use instead of the embeddings of the chunk's first tokens.
     """
 
     kv: SequenceKV
@@ -109,7 +109,7 @@ class Runner:
             start = 0
             for chunk in chunks:
                 if chunk.embeddings_TE is not None:
-                    x_TE[start : start + len(chunk.token_ids)] = chunk.embeddings_TE
+                    x_TE[start : start + len(chunk.embeddings_TE)] = chunk.embeddings_TE
                 start += len(chunk.token_ids)
         return x_TE
 

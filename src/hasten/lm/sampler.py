@@ -1,11 +1,13 @@
 """The sampler: one token per row of logits, all rows at once.
 
 Greedy rows take the highest logit (ties: lowest id). The others are truncated in the order temperature -> top-k ->
-top-p -> min-p, each on the distribution that the one before left, and drawn by inverting the cumulative distribution at
-one uniform number of the row's own generator. So a row's token depends on its logits and its generator alone, never on
-the rest of the batch.
+top-p -> min-p, each on the distribution that the one before left, and drawn by the Gumbel-max rule: the highest sum of
+logit and noise wins, the noise being a hash of one number of the row's own generator and of the token id. So a row's
+token depends on its logits and its generator alone, never on the rest of the batch; and rounding in the logits, which
+does depend on the batch, decides no more often than it must. (Inverting the cumulative distribution would let every
+rounding error move all thresholds after it.)
 
-Legend: R rows, V vocabulary, K candidates.
+Legend: R rows, V vocabulary, K candidates, N tokens left over all rows.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def sample(
     chosen = [params[i] for i in drawn]
     scaled_RV = logits_RV[row_R] / torch.tensor([p.temperature for p in chosen])[:, None]
     truncate(scaled_RV, chosen)
-    uniform_R = torch.cat([torch.rand(1, dtype=torch.float64, generator=generators[i]) for i in drawn])
-    tokens[row_R] = draw(scaled_RV, uniform_R)
+    stream_R = torch.cat([torch.randint(-(2**63), 2**63 - 1, (1,), generator=generators[i]) for i in drawn])
+    tokens[row_R] = draw(scaled_RV, stream_R)
     return tokens.tolist()
 
 
@@ -44,14 +46,27 @@ def generator_for(*seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw(logits_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """int64 [R]: the token at which the cumulative probability (in vocabulary order) passes ``uniform`` in [0, 1)."""
-    cumulative_RV = torch.softmax(logits_RV, -1).double().cumsum(-1)
-    # Scaled by the total, so that rounding can never push the threshold past the last token with mass.
-    threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
-    return torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0].clamp_(
-        max=logits_RV.shape[-1] - 1
-    )
+def draw(logits_RV: Tensor, stream_R: Tensor) -> Tensor:
+    """int64 [R]: a token per row with probability softmax(logits); ``stream_R`` int64 random bits, one per row."""
+    left_RV = logits_RV > float("-inf")
+    if bool(left_RV.all()):
+        return (logits_RV + _gumbel(stream_R[:, None], torch.arange(logits_RV.shape[-1]))).argmax(-1)
+    row_N, id_N = left_RV.nonzero(as_tuple=True)
+    score_N = logits_RV[left_RV] + _gumbel(stream_R[row_N], id_N)
+    best_R = torch.full((len(stream_R),), float("-inf"), dtype=torch.float64)
+    best_R.scatter_reduce_(0, row_N, score_N, "amax")
+    wins_N = score_N == best_R[row_N]
+    return torch.zeros_like(stream_R).index_copy_(0, row_N[wins_N], id_N[wins_N])
+
+
+def _gumbel(stream: Tensor, token: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, by hashing (stream, token) with the SplitMix64 finaliser (Steele et al. 2014)."""
+    z = stream + token * -0x61C8864680B583EB  # the constants are the published ones as signed numbers
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    z ^= (z >> 31) & 0x1FFFFFFFF
+    uniform = (((z >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) * 2.0**-53
+    return uniform.log_().neg_().log_().neg_()
 
 
 def truncate(logits_RV: Tensor, params: Sequence[SamplingParams]) -> None:
