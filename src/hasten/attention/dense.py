@@ -1,7 +1,8 @@
 """`DenseKernel`: the default attention kernel. Exact; reads what the policy chose, straight from the pages.
 
 The plan holds the step's rows and, per kind of layer (head counts, sliding window) and per choice of sparse rows, one
-balanced piece list, made when a layer first asks for it and shared by all layers that ask for the same.
+balanced piece list, made when a layer first asks for it and shared by all layers that ask for the same. While
+the same sequences decode within the same pages, a step takes over the lists of the step before and moves their limits.
 
 Legend: T rows, S sequences, H query heads, G kv heads, D head size, L cached tokens, X heads of a selection.
 """
@@ -9,13 +10,14 @@ Legend: T rows, S sequences, H query heads, G kv heads, D head size, L cached to
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.attention.blocks import attend_blocks
 from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
 from hasten.attention.pieces import (
@@ -28,19 +30,31 @@ from hasten.attention.pieces import (
     windowed,
     without_rows,
 )
-from hasten.attention.policy import Dense, DenseScores, Selection, TokenSelection
+from hasten.attention.policy import BlockSelection, Dense, DenseScores, Selection, TokenSelection
 from hasten.core.errors import UnsupportedError
 from hasten.kernels.attention import attend_tokens
 
 
 @dataclass(eq=False)
 class DensePlan:
-    """Work of one step: its rows, its pieces, and the balanced lists made so far."""
+    """Work of one step: its rows, its pieces, and the balanced lists made so far.
+
+    earlier: lists of earlier steps with the same pages; only their limits are out of date.
+    tables: page tables of sparse rows.
+    """
 
     rows: Rows
     pieces: Pieces
     parts: dict[Hashable, PiecePlan] = field(default_factory=dict)
+    earlier: dict[Hashable, PiecePlan] = field(default_factory=dict)
     tables: dict[bytes, Tensor] = field(default_factory=dict)
+
+    def after(self, rows: Rows) -> DensePlan:
+        """The plan of a later step whose rows read the same pages."""
+        limit = rows.limit_T[self.pieces.row_E] - self.pieces.base_J[self.pieces.piece_of_entry()]
+        capacity = (np.diff(self.pieces.page_start_J1) * rows.page)[self.pieces.piece_of_entry()]
+        pieces = replace(self.pieces, limit_E=np.minimum(limit, capacity))
+        return DensePlan(rows, pieces, earlier=self.earlier | self.parts, tables=self.tables)
 
     @property
     def count(self) -> int:
@@ -51,6 +65,8 @@ class DensePlan:
         threads = torch.get_num_threads()
         key = (spec.shape.heads, spec.shape.kv_heads, spec.window, threads, sparse)
         found = self.parts.get(key)
+        if found is None and (old := self.earlier.get(key)) is not None:
+            found = self.parts[key] = old.moved(self.rows.limit_T, spec.window, self.rows.page)
         if found is None:
             pieces = windowed(self.pieces, self.rows.limit_T, spec.window)
             if sparse:
@@ -63,9 +79,17 @@ class DensePlan:
 class DenseKernel(AttentionKernel):
     """One piece per sequence, cut over the context when there are fewer sequences than work for the threads."""
 
+    _last: tuple[tuple[int, ...], DensePlan] | None = None
+
     def plan(self, layout: StepLayout) -> DensePlan:
         rows = Rows.of(layout)
-        return DensePlan(rows, self.pieces(rows, layout))
+        last = self._last
+        if last is not None and last[0] == layout.sequence_ids and rows.same_pages(last[1].rows):
+            plan = last[1].after(rows)
+        else:
+            plan = DensePlan(rows, self.pieces(rows, layout))
+        self._last = (layout.sequence_ids, plan)
+        return plan
 
     def pieces(self, rows: Rows, layout: StepLayout) -> Pieces:
         """How the rows share the pages; subclasses share more."""
@@ -82,6 +106,7 @@ class DenseKernel(AttentionKernel):
         selection: Selection,
         observe: Any = None,
     ) -> Tensor:
+        q_THD = q_THD.contiguous()
         if isinstance(selection, Dense):
             return plan.part(spec).attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)[0]
         if isinstance(selection, TokenSelection):
@@ -91,6 +116,8 @@ class DenseKernel(AttentionKernel):
             if observe is not None:
                 observe(layer, scores(q_THD, lse, pages, layout, spec), layout)
             return out
+        if isinstance(selection, tuple) and all(isinstance(part, BlockSelection) for part in selection):
+            return self._blocks(plan, q_THD, pages, spec, selection)
         raise UnsupportedError(f"{type(self).__name__} cannot read a {type(selection).__name__}")
 
     def _tokens(
@@ -122,6 +149,28 @@ class DenseKernel(AttentionKernel):
             return chosen
         out, _ = plan.part(spec, key).attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)
         out[row] = chosen
+        return out
+
+    def _blocks(
+        self,
+        plan: DensePlan,
+        q_THD: Tensor,
+        pages: KVPages,
+        spec: AttentionSpec,
+        selection: tuple[BlockSelection, ...],
+    ) -> Tensor:
+        start = plan.rows.start_S1
+        spans = [slice(int(start[part.sequence]), int(start[part.sequence + 1])) for part in selection]
+        sparse = np.concatenate(
+            [np.arange(span.start, span.stop) for span in spans] or [np.zeros(0, np.int64)]
+        )
+        if len(sparse) == plan.count:
+            out = torch.empty_like(q_THD)
+        else:
+            part = plan.part(spec, sparse.tobytes())
+            out, _ = part.attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)
+        for choice, span in zip(selection, spans, strict=True):
+            out[span] = attend_blocks(plan.rows, choice, q_THD[span], pages, spec)
         return out
 
 

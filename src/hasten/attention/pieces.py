@@ -96,6 +96,17 @@ class Rows:
             limit = np.repeat(length - count + 1 - start[:-1], count) + np.arange(int(start[-1]))
         return cls(start, length, limit, layout.page_table_SM.numpy(), layout.page_size)
 
+    def same_pages(self, other: Rows) -> bool:
+        """Whether both steps bring as many rows per sequence and read the same pages, lengths aside."""
+        pages_S = -(-self.length_S // self.page)
+        width = int(pages_S.max()) if len(pages_S) else 0
+        return (
+            self.page == other.page
+            and np.array_equal(self.start_S1, other.start_S1)
+            and np.array_equal(pages_S, -(-other.length_S // other.page))
+            and np.array_equal(self.table_SM[:, :width], other.table_SM[:, :width])
+        )
+
 
 def sequence_pieces(rows: Rows, base_S: Ints | None = None) -> Pieces:
     """One piece per sequence, from token ``base_S`` (a multiple of the page size; 0 by default) on, causal."""
@@ -198,7 +209,7 @@ class PiecePlan:
     """What the kernels read. ``entry_E`` None: entry e is row e, so the parts are the result and nothing is merged."""
 
     work: PieceWork
-    rows: int
+    pieces: Pieces
     entry_start_T1: Tensor | None
     entry_E: Tensor | None
 
@@ -210,6 +221,19 @@ class PiecePlan:
         if self.entry_E is None or self.entry_start_T1 is None:
             return out, lse
         return merge(out, lse, self.entry_start_T1, self.entry_E)
+
+    def moved(self, limit_T: Ints, window: int | None, page: int) -> PiecePlan:
+        """The same pieces for rows that now see the tokens [limit - window, limit).
+
+        Right as long as no sequence has more pages than when the pieces were made.
+        """
+        pieces = self.pieces
+        piece = pieces.piece_of_entry()
+        limit = limit_T[pieces.row_E] - pieces.base_J[piece]
+        first = pieces.first_E if window is None else np.maximum(limit - window, 0)
+        limit = np.minimum(limit, np.diff(pieces.page_start_J1)[piece] * page)
+        work = replace(self.work, first_E=_int32(first), limit_E=_int32(limit), cache={})
+        return replace(self, work=work)
 
 
 def _int32(values: npt.NDArray[Any]) -> Tensor:
@@ -227,7 +251,7 @@ def finish(pieces: Pieces, rows: int) -> PiecePlan:
         limit_E=_int32(pieces.limit_E),
     )
     if len(pieces.row_E) == rows and (pieces.row_E == np.arange(rows)).all():
-        return PiecePlan(work, rows, None, None)
+        return PiecePlan(work, pieces, None, None)
     order = np.argsort(pieces.row_E, kind="stable")
     start = prefix_sum(np.bincount(pieces.row_E, minlength=rows))
-    return PiecePlan(work, rows, _int32(start), _int32(order))
+    return PiecePlan(work, pieces, _int32(start), _int32(order))
