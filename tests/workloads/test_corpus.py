@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -241,6 +242,22 @@ def test_offline_is_a_fetch_error(pinned, tmp_path, monkeypatch):
     with pytest.raises(FetchError, match=r"botocore==1\.0"):
         load(pinned, tmp_path)
     assert not (tmp_path / "small.jsonl").exists()
+
+
+def test_disk_full_leaves_no_garbage(pinned, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == "small.jsonl":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(FetchError, match=r"small\.jsonl: No space left on device.*100 MB"):
+        load(pinned, tmp_path)
+    assert not [
+        path.name for path in tmp_path.iterdir() if path.name.startswith("small") and path.suffix != ".lock"
+    ]
 
 
 CHILD = """

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 
 from hasten.core.corpus_text import aws_documents, cmake_documents
-from hasten.core.errors import IntegrityError, RequestError, UnknownNameError
+from hasten.core.errors import FetchError, IntegrityError, RequestError, UnknownNameError
 from hasten.core.fetch import Asset, Member, fetch, locked, sha256_file
 from hasten.core.paths import corpus_home
 
@@ -109,7 +109,14 @@ def load(pinned: dict[str, Any], folder: Path) -> Corpus:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path, f"corpus {name}", Console(stderr=True)):
             if not path.is_file():
-                _build(pinned, path)
+                try:
+                    _build(pinned, path)
+                except OSError as error:
+                    _partial(path).unlink(missing_ok=True)
+                    raise FetchError(
+                        f"corpus {name}: cannot write {path}: {error.strerror or error}; building it needs about "
+                        f"100 MB; free some space or set HASTEN_HOME to another folder"
+                    ) from None
     found = sha256_file(path)
     if found != expected:
         raise IntegrityError(
@@ -117,6 +124,10 @@ def load(pinned: dict[str, Any], folder: Path) -> Corpus:
         )
     lines = path.read_text(encoding="utf-8").splitlines()
     return Corpus(name, found, tuple(Document(**json.loads(line)) for line in lines))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _build(pinned: dict[str, Any], path: Path) -> None:
@@ -131,7 +142,7 @@ def _build(pinned: dict[str, Any], path: Path) -> None:
             documents += _EXTRACT[source["name"]](archive)
     # Ordered by a hash of the name, so that a prefix of any split is a mixture of the sources.
     documents.sort(key=lambda document: hashlib.sha256(b"order " + document[0].encode()).digest())
-    building = path.with_name(path.name + ".partial")
+    building = _partial(path)
     with building.open("w", encoding="utf-8", newline="\n") as stream:
         for name, text in documents:
             # One line per document whatever it holds: JSON escapes every control and separator character.
