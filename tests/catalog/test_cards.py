@@ -113,7 +113,7 @@ def test_a_built_system_shows_how_to_use_it(fakes: Any):
     assert "hasten.LLM(use=[hasten.Fake()])" in text
     assert "| `budget` | int ≥ 1, ≤ 4096 | `256` | tokens a row reads |" in text
     assert "| `mode` | `group` or `head` | `group` | one choice per group \\| per head |" in text
-    assert "| `cut` | float or none > 0 | `none` | cut point |" in text
+    assert "| `cut` | float > 0, or none | `none` | cut point |" in text
     assert "| `layers` | tuple of int, ... | `(0, 1)` | dense layers |" in text
     assert "| `exact` | bool | `true` | no rounding |" in text
 

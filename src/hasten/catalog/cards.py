@@ -184,13 +184,21 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
+    """The type in words, its bounds beside it: ``float > 0, or none``."""
     bounds = [
         f"{sign} {getattr(item, name)}"
         for item in field.metadata
         for name, sign in _BOUNDS
         if getattr(item, name, None) is not None
     ]
-    return " ".join([_type_name(field.annotation), ", ".join(bounds)]).strip()
+    annotation: Any = field.annotation
+    arguments = get_args(annotation)
+    optional = get_origin(annotation) in (Union, types.UnionType) and type(None) in arguments
+    if optional:
+        names = " or ".join(_type_name(a) for a in arguments if a is not type(None))
+    else:
+        names = _type_name(annotation)
+    return " ".join([names, ", ".join(bounds)]).strip() + (", or none" if optional else "")
 
 
 def _type_name(annotation: Any) -> str:
@@ -198,7 +206,7 @@ def _type_name(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join("none" if a is type(None) else _type_name(a) for a in arguments)
+        return " or ".join(_type_name(a) for a in arguments)
     if origin is not None and arguments:
         inner = ", ".join("..." if a is Ellipsis else _type_name(a) for a in arguments)
         return f"{_type_name(origin)} of {inner}"
