@@ -120,6 +120,18 @@ class SourceLinear(nn.Module):
         return nn.functional.linear(x_TI, self.weight, self.bias)
 
 
+class FixedLinear(nn.Module):
+    """A linear with a given float32 weight [O, I]: what a replaced linear computes while calibration goes on."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight_OI, bias_O
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """y_TO = x_TI @ W^T + bias."""
+        return nn.functional.linear(x_TI, self.weight, self.bias)
+
+
 class _Captured(Exception):  # noqa: N818 - control flow, not an error
     """Stops a forward pass once the input it was run for is known."""
 

@@ -1,7 +1,7 @@
 """The grids that GPTQ rounds to: uniform with an integer zero point, and ternary.
 
 A grid is fitted on a [K, O] slice (K columns of one group, O output rows side by side, so that one sweep step
-touches contiguous memory) and gives two float32 parameters per output row. Scales are rounded to float16
+touches contiguous memory) and gives two parameters per output row. Scales are rounded to float16
 *before* use: the codes are then optimal for the very scale that is stored, and every stored weight is exact.
 Source: GPTQ (arXiv 2210.17323) section 4 "Quantization setup", and sections on extreme quantization.
 
@@ -26,28 +26,28 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 
 
 class Grid(ABC):
-    """The values a weight may take, given per-row parameters ``a_O`` and ``b_O`` (float32)."""
+    """The values a weight may take, given per-row parameters ``a_O`` and ``b_O``."""
 
     code_bits: int
 
     @abstractmethod
     def fit(self, w_KO: Tensor) -> tuple[Tensor, Tensor]:
-        """Parameters (a_O, b_O) for the columns of one group."""
+        """Parameters (a_O, b_O) for the columns of one group, in the dtype of ``w_KO``."""
 
     @abstractmethod
     def encode(self, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Codes (float32 holding small integers) of the nearest grid values; broadcasts."""
+        """Codes (small integers in the dtype of ``w``) of the nearest grid values; broadcasts."""
 
     @abstractmethod
     def decode(self, codes: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The float32 weights that ``codes`` stand for; broadcasts."""
+        """The weights that ``codes`` stand for; exact in float32 and float64; broadcasts."""
 
 
 def half(scale: Tensor) -> Tensor:
-    """``scale`` rounded to a positive float16, as float32. Raises on what float16 cannot hold."""
+    """``scale`` rounded to a positive float16, in its own dtype. Raises on what float16 cannot hold."""
     if not torch.isfinite(scale).all():
         raise IntegrityError("the weights hold NaN or infinity; the checkpoint is damaged")
-    rounded = scale.to(torch.float16).to(torch.float32)
+    rounded = scale.to(torch.float16).to(scale.dtype)
     if torch.isinf(rounded).any():
         raise UnsupportedError(
             f"a group of weights spans {float(scale.max()):g} per step; float16 scales end at 65504"
@@ -134,7 +134,7 @@ class TernaryGrid(Grid):
         return half(high_O.clamp_min(0)), -half(low_O.clamp_max(0).neg())
 
     def encode(self, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return (w > a / 2).to(torch.float32) + (w < b / 2).to(torch.float32) * 2
+        return (w > a / 2).to(w.dtype) + (w < b / 2).to(w.dtype) * 2
 
     def decode(self, codes: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.where(codes == 1, a, 0.0) + torch.where(codes == 2, b, 0.0)

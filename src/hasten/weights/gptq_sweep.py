@@ -7,7 +7,8 @@ All output rows go in parallel; columns go in order, in lazily updated blocks (s
 
 Inside a block of B columns only the block is updated; the rest follows with one matrix product per block.
 Blocks are cut so that a group always starts where every one of its columns is up to date: the blocked and the
-unblocked sweep then do the same arithmetic even when groups are refitted on compensated weights.
+unblocked sweep then do the same arithmetic even when groups are refitted on compensated weights. It is done in
+float64: one rounding that falls the other way changes all that follows, and the sweep is a small part of the time.
 Source: GPTQ (arXiv 2210.17323), algorithm 1.
 
 Legend: I inputs (columns), O outputs (rows), G groups, K columns of a slice, B columns of a block.
@@ -110,7 +111,7 @@ def round_to_nearest(w_OI: Tensor, grid: Grid, group_size: int | None = None) ->
     _check(w_OI, group_size, 1)
     inputs = w_OI.shape[1]
     group = inputs if group_size is None else min(group_size, inputs)
-    w_IO = w_OI.to(torch.float32).t().contiguous()
+    w_IO = w_OI.to(torch.float64).t().contiguous()
     a_GO, b_GO = _fit_groups(w_IO, grid, group)
     group_I = torch.arange(inputs) // group
     codes_IO = torch.cat(
@@ -120,7 +121,7 @@ def round_to_nearest(w_OI: Tensor, grid: Grid, group_size: int | None = None) ->
         ]
     )
     return QuantizedWeight(
-        grid, codes_IO.t().contiguous(), a_GO.t().contiguous(), b_GO.t().contiguous(), group_I
+        grid, codes_IO.t().contiguous(), a_GO.t().float().contiguous(), b_GO.t().float().contiguous(), group_I
     )
 
 
@@ -149,7 +150,7 @@ def sweep(
         )
     group = inputs if group_size is None else min(group_size, inputs)
     order_I = torch.arange(inputs) if perm_I is None else perm_I
-    w_IO = w_OI.to(torch.float32)[:, order_I].t().contiguous()
+    w_IO = w_OI.to(torch.float64)[:, order_I].t().contiguous()
     w_IO[factor.dead_I] = 0
     upper_II, diagonal = factor.upper_II, factor.upper_II.diagonal().tolist()
     groups = group_count(inputs, group)
@@ -160,12 +161,12 @@ def sweep(
         a_GO, b_GO = _fit_groups(original_IO, grid, group)
         group_of_visit = (order_I // group).tolist()
     else:
-        a_GO, b_GO = torch.empty(groups, outputs), torch.empty(groups, outputs)
+        a_GO, b_GO = (torch.empty(groups, outputs, dtype=torch.float64) for _ in range(2))
         group_of_visit = (torch.arange(inputs) // group).tolist()
     codes_IO = torch.empty(inputs, outputs, dtype=torch.uint8)
     loss = 0.0
     for start, stop in _spans(inputs, inputs if fixed else group, blocksize):
-        error_BO = torch.empty(stop - start, outputs)
+        error_BO = torch.empty(stop - start, outputs, dtype=torch.float64)
         for j in range(start, stop):
             g = group_of_visit[j]
             if not fixed and j % group == 0:
@@ -178,13 +179,17 @@ def sweep(
                 w_IO[j + 1 : stop].addr_(upper_II[j, j + 1 : stop], error_O, alpha=-1)
         if stop < inputs:
             w_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), error_BO, alpha=-1)
-        loss += 0.5 * float(error_BO.square().sum(dtype=torch.float64))
+        loss += 0.5 * float(error_BO.square().sum())
     stored_IO = torch.empty_like(codes_IO)
     stored_IO[order_I] = codes_IO
     group_I = torch.empty(inputs, dtype=torch.int64)
     group_I[order_I] = torch.tensor(group_of_visit)
     weight = QuantizedWeight(
-        grid, stored_IO.t().contiguous(), a_GO.t().contiguous(), b_GO.t().contiguous(), group_I
+        grid,
+        stored_IO.t().contiguous(),
+        a_GO.t().float().contiguous(),
+        b_GO.t().float().contiguous(),
+        group_I,
     )
     return weight, loss
 

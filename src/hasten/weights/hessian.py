@@ -70,7 +70,7 @@ def quadratic(d_OI: Tensor, hessian_II: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Factor:
-    """upper_II: float32 U with (H + damping I)^-1 = U^T U. damping: what was added to the diagonal.
+    """upper_II: float64 U with (H + damping I)^-1 = U^T U. damping: what was added to the diagonal.
 
     dead_I: inputs that are always zero; their weights cannot matter and must be set to zero.
     percdamp: the fraction of the mean diagonal that finally worked.
@@ -87,7 +87,7 @@ def inverse_factor(hessian_II: Tensor, percdamp: float = 0.01, max_retries: int 
 
     With J the reversal of rows, J H J = L L^T gives H = R R^T for the upper triangular R = J L J; then
     H^-1 = R^-T R^-1, so U = R^-1. That is the factor the paper defines, without ever forming the inverse.
-    Done in float64, returned in float32. Dampening starts at ``percdamp`` times the mean diagonal and grows
+    Done in float64. Dampening starts at ``percdamp`` times the mean diagonal and grows
     tenfold whenever the factorisation fails; after ``max_retries`` increases `UnsupportedError` is raised
     (never a silent fall-back to rounding). Raises `IntegrityError` on NaN or infinity.
     """
@@ -111,7 +111,7 @@ def inverse_factor(hessian_II: Tensor, percdamp: float = 0.01, max_retries: int 
         if int(info) == 0:
             reverse_II = lower_II.flip(0, 1).contiguous()
             eye_II = torch.eye(inputs, dtype=torch.float64)
-            upper_II = torch.linalg.solve_triangular(reverse_II, eye_II, upper=True).to(torch.float32)
+            upper_II = torch.linalg.solve_triangular(reverse_II, eye_II, upper=True)
             if torch.isfinite(upper_II).all() and bool((upper_II.diagonal() > 0).all()):
                 return Factor(upper_II, dead_I, fraction * mean, fraction)
         fraction = fraction * 10 if fraction > 0 else 0.01
