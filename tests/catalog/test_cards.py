@@ -214,11 +214,14 @@ def test_bytes_that_are_not_text_are_refused(checkout: Path):
         read_published(path)
 
 
-def test_notes_come_without_their_title_and_one_level_down(fakes: Any, checkout: Path):
-    notes = "# Notes on fake\n\nBound by memory.\n\n## Why\n\n```sh\n# a comment\n```\n"
+@pytest.mark.parametrize("mark", ["##", "###", "####"])
+def test_notes_come_without_their_title_and_below_the_card(fakes: Any, checkout: Path, mark: str):
+    notes = f"# Notes on fake\n\nBound by memory.\n\n{mark} Why\n\n```sh\n# a comment\n```\n\n{mark}# More\n\nText.\n"
     (checkout / "docs" / "notes" / "fake.md").write_text(notes, encoding="utf-8")
     text = cards.card(fake_record(), checkout)
-    assert text.endswith("## Notes\n\nBound by memory.\n\n### Why\n\n```sh\n# a comment\n```\n")
+    assert text.endswith(
+        "## Notes\n\nBound by memory.\n\n### Why\n\n```sh\n# a comment\n```\n\n#### More\n\nText.\n"
+    )
     assert "## Notes" not in cards.card(fake_record("Bare"), checkout)
 
 

@@ -100,7 +100,7 @@ def published_of(record: Record, checkout: Path | None) -> Published | None:
 
 
 def _notes(record: Record, checkout: Path | None) -> str:
-    """Hand-written notes, their own title dropped and their headings one level below the card's."""
+    """Hand-written notes without their own title, the highest headings one level below the card's."""
     path = checkout / "docs" / "notes" / f"{record.slug}.md" if checkout else None
     if path is None or not path.is_file():
         return ""
@@ -108,15 +108,18 @@ def _notes(record: Record, checkout: Path | None) -> str:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise HastenError(f"{path} cannot be read: {error}") from None
-    lines, fenced = [], False
+    lines: list[tuple[int, str]] = []  # (heading level or 0, text)
+    fenced = False
     for line in text.splitlines():
         if line.lstrip().startswith(("```", "~~~")):
             fenced = not fenced
-        heading = None if fenced else re.match(r"(#{1,5}) ", line)
-        if heading and heading[1] == "#":
-            continue
-        lines.append("#" + line if heading else line)
-    return "\n".join(lines).strip()
+        heading = None if fenced else re.match(r"(#+) +(.*)", line)
+        lines.append((len(heading[1]), heading[2]) if heading else (0, line))
+    lines = [line for line in lines if line[0] != 1]
+    highest = min((level for level, _ in lines if level), default=0)
+    return "\n".join(
+        "#" * (level - highest + 3) + " " + line if level else line for level, line in lines
+    ).strip()
 
 
 def _facts(record: Record) -> str:
