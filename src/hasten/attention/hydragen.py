@@ -92,8 +92,8 @@ def prefix_tree(
         # Any total order on the bytes brings equal prefixes together.
         order = np.argsort(keys.view(np.dtype((np.void, 4 * width))).ravel(), kind="stable")
         differ = keys[order[1:]] != keys[order[:-1]]
-        # The dummy at the end is the boundary after the last sequence.
-        common = np.append(differ.argmax(1), 0)
+        # Pages that each sequence shares with the next one; a dummy follows the last.
+        common = np.append(np.where(differ.any(1), differ.argmax(1), width), 0)
         low, high = np.array([0]), np.array([count])
         base, level = np.array([0]), np.array([0])
         for _ in range(4 * max_levels):
