@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,11 @@ class Providers:
         return provider
 
 
-def load(plan: Plan) -> Loaded:
-    """Load the plan's model and build its engine. Raises the plan's, the model's or a technique's error."""
+def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Loaded:
+    """Load the plan's model and build its engine. Raises the plan's, the model's or a technique's error.
+
+    calibration: token sequences for techniques that calibrate; None for the documentation corpus.
+    """
     plan.check()
     settings = EngineSettings.of(dict(plan.engine))
     if settings.threads is not None:
@@ -94,6 +98,7 @@ def load(plan: Plan) -> Loaded:
             paths.home() / "artefacts", checkpoint.fingerprint if plan.techniques else "unused"
         ),
         seed=settings.seed,
+        calibration=calibration,
     )
     providers = Providers(plan, context)
     if plan.filling("expert_router"):

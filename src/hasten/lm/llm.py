@@ -35,6 +35,7 @@ class LLM:
 
     model: a known name, a folder or file, a Hugging Face id, a `Plan`, or the path of a plan file (``.toml``).
     use: techniques, as slugs (``"gptq:bits=3"``) or objects. dtype: ``auto``, ``float32`` or ``bfloat16``.
+    calibration: token sequences for techniques that calibrate, None for the documentation corpus.
     engine: see `hasten.lm.settings.EngineSettings`, e.g. ``max_batch=16``, ``kv_memory_mb=500``.
 
     One thread at a time: the engine runs inside the calling method, not in the background. Ctrl-C cancels what the call
@@ -47,10 +48,11 @@ class LLM:
         use: Iterable[Use] = (),
         dtype: str | None = None,
         plan: Plan | str | Path | None = None,
+        calibration: Sequence[Sequence[int]] | None = None,
         **engine: Any,
     ) -> None:
         self.plan = _plan(model, tuple(use), dtype, plan, engine)
-        self._loaded = load(self.plan)
+        self._loaded = load(self.plan, calibration)
 
     @property
     def engine(self) -> Engine:
