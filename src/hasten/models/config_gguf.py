@@ -74,7 +74,9 @@ def config_from_gguf(
         )
     gemma = meta.arch == "gemma3"
     embedding = shapes.get("token_embd.weight", (meta.get("vocab_size", 0), hidden))
-    window, window_layers, local_rope = None, (), None
+    window: int | None = None
+    window_layers: tuple[bool, ...] = ()
+    local_rope: RopeSpec | None = None
     if gemma:
         window = meta.integer("attention.sliding_window")
         window_layers = tuple((layer + 1) % _GEMMA_PATTERN != 0 for layer in range(layers))

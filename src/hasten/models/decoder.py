@@ -31,7 +31,8 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """y_TO = x_TI @ W^T + bias in the dtype of ``input``."""
-        weight_OI, bias_O = self.weight, self.bias
+        weight_OI: Tensor = self.weight
+        bias_O: Tensor | None = self.bias
         if weight_OI.dtype != input.dtype:
             weight_OI = weight_OI.to(input.dtype)
             bias_O = bias_O.to(input.dtype) if bias_O is not None else None

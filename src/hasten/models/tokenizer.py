@@ -165,8 +165,8 @@ class StreamDecoder:
 
 def _decoder_kind(backend: tokenizers.Tokenizer, where: str) -> tuple[bool, bool]:
     """(byte-level, strips the first space) from the library's decoder. Raises `ModelError` for any other kind."""
-    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
-    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    state: Any = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
+    steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return True, False
