@@ -152,23 +152,42 @@ class ListAttend:
         return torch.einsum("hts,shd->thd", weight_HTS, v_SHD)
 
 
+def step(decoder: Decoder, attend: ListAttend, token_ids_T: Tensor, start: int) -> Tensor:
+    """Logits [T, V] of the next rows of a sequence."""
+    position_T = torch.arange(start, start + len(token_ids_T))
+    with torch.no_grad():
+        x_TE = decoder.embed(token_ids_T)
+        for layer in decoder.layers:
+            x_TE = layer.mlp(layer.attention(x_TE, position_T, attend))
+        return decoder.logits(x_TE)
+
+
 @pytest.fixture
 def run_in_steps() -> Callable[[Decoder, Tensor, list[int]], Tensor]:
     """Run one sequence in steps of the given sizes through a `ListAttend`; logits of all rows."""
 
     def run(decoder: Decoder, token_ids_T: Tensor, sizes: list[int]) -> Tensor:
         assert sum(sizes) == len(token_ids_T)
-        attend = ListAttend(decoder)
-        rows, start = [], 0
-        with torch.no_grad():
-            for size in sizes:
-                position_T = torch.arange(start, start + size)
-                x_TE = decoder.embed(token_ids_T[start : start + size])
-                for layer in decoder.layers:
-                    x_TE = layer.mlp(layer.attention(x_TE, position_T, attend))
-                rows.append(decoder.logits(x_TE))
-                start += size
+        attend, rows, start = ListAttend(decoder), [], 0
+        for size in sizes:
+            rows.append(step(decoder, attend, token_ids_T[start : start + size], start))
+            start += size
         return torch.cat(rows)
+
+    return run
+
+
+@pytest.fixture
+def greedy() -> Callable[[Decoder, list[int], int], list[int]]:
+    """Prefill, then decode one token at a time: the tokens of highest logit."""
+
+    def run(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
+        attend, chosen = ListAttend(decoder), []
+        logits_TV = step(decoder, attend, torch.tensor(prompt), 0)
+        for position in range(len(prompt), len(prompt) + count):
+            chosen.append(int(logits_TV[-1].argmax()))
+            logits_TV = step(decoder, attend, torch.tensor(chosen[-1:]), position)
+        return chosen
 
     return run
 
