@@ -46,7 +46,7 @@ class Quality:
         if self.baseline == 0:
             return 0.0 if self.candidate == 0 else None
         change = (self.candidate - self.baseline) / abs(self.baseline)
-        return change if self.better == "higher" else -change
+        return change if self.better == "higher" or change == 0 else -change
 
     def text(self) -> str:
         change = (

@@ -98,7 +98,7 @@ class ResultStore:
         return len(found)
 
     def import_json(self, path: str | Path) -> int:
-        """Append the comparisons of a JSON file (an array, or one object); those already here are passed over.
+        """Append the comparisons of a JSON file (an array, or one published object); those already here are passed over.
 
         All or nothing: raises `MeasureError` on the first record that is not a comparison. Returns how many
         were new.
@@ -111,6 +111,10 @@ class ResultStore:
         except (OSError, ValueError) as error:
             raise MeasureError(f"{path} cannot be read as JSON: {error}") from None
         records = data if isinstance(data, list) else [data]
+        # A published bench holds its further comparisons inside the headline's.
+        records = [
+            r for top in records for r in (top, *(top.get("others", ()) if isinstance(top, dict) else ()))
+        ]
         comparisons = [Comparison.from_dict(record) for record in records]
         new = 0
         with self._connect() as db, _transaction(db):
