@@ -1,0 +1,118 @@
+"""The contract of a slot is tested on everything that fills it: the default, and each technique that has code.
+
+A technique joins by its catalogue record alone: as soon as its state is not ``planned`` the tests here run on it. What
+a technique needs to run on the tiny model in a blink (a short calibration, say) stands in `SETTINGS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.catalog import loader
+from hasten.core.artefact import ArtefactStore
+from hasten.core.slots import SLOTS
+from hasten.lm.llm import LLM
+from hasten.models.checkpoint import open_checkpoint
+from hasten.models.context import BuildContext
+
+from ..lm.lm_tiny import write_checkpoint
+
+# Settings that make a technique act on prompts of a few dozen tokens, or calibrate in no time.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adamas": {"budget": 16, "calibration_tokens": 256},
+    "gptq": {"group_size": 32, "samples": 4, "sample_length": 64},
+}
+
+
+def built(slot: str | None = None) -> list[loader.Record]:
+    """Records of the language-model engine whose techniques have code (of one slot, or all)."""
+    return [
+        record
+        for record in loader.records().values()
+        if record.state != "planned"
+        and any(SLOTS[name].engine == "lm" and SLOTS[name].interface for name in record.slots)
+        and (slot is None or slot in record.slots)
+    ]
+
+
+def technique(slug: str) -> Any:
+    return loader.technique(slug)(**SETTINGS.get(slug, {}))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``slug``: every technique with code. A test names its slot's fixture ``provider`` with ``SLOT``, ``DEFAULTS``."""
+    if "slug" in metafunc.fixturenames:
+        metafunc.parametrize("slug", [record.slug for record in built()])
+    if "provider" in metafunc.fixturenames:
+        module = metafunc.module
+        cases: list[Any] = [pytest.param(make, id=name) for name, make in module.DEFAULTS.items()]
+        cases += [pytest.param(record.slug, id=record.slug) for record in built(module.SLOT)]
+        metafunc.parametrize("provider", cases, indirect=True)
+
+
+@pytest.fixture
+def provider(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """A function that makes a fresh provider of the module's slot."""
+    if not isinstance(request.param, str):
+        return request.param
+    chosen = technique(request.param)
+    context: BuildContext = request.getfixturevalue("context")
+    return lambda: chosen.provide(request.module.SLOT, context)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("contracts") / "tiny", layers=4, head_size=32)
+
+
+@pytest.fixture(scope="session")
+def calibration() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(3, 320, (8, 128), generator=generator).tolist()
+
+
+@pytest.fixture
+def context(model: Path, calibration: list[list[int]], tmp_path: Path) -> BuildContext:
+    checkpoint = open_checkpoint(model)
+    return BuildContext(
+        config=checkpoint.config,
+        checkpoint=checkpoint,
+        tokenizer=checkpoint.tokenizer(),
+        weight_dtype=torch.float32,
+        kv_dtype=torch.float32,
+        artefacts=ArtefactStore(tmp_path, checkpoint.fingerprint),
+        calibration=calibration,
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def load(
+    model: Path, calibration: list[list[int]], shared_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., LLM]:
+    """``load(slug or None, dtype=..., **engine)``: the tiny model with one technique, or none."""
+    monkeypatch.setenv("HASTEN_HOME", str(shared_home))
+
+    def make(slug: str | None, dtype: str = "float32", **engine: Any) -> LLM:
+        engine = {"page_size": 4, "max_step_tokens": 48, "max_batch": 6, **engine}
+        use = () if slug is None else (technique(slug),)
+        return LLM(model, use, dtype, calibration=calibration, **engine)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
