@@ -98,7 +98,7 @@ class ResultStore:
         return len(found)
 
     def import_json(self, path: str | Path) -> int:
-        """Append the comparisons of a JSON file (an array, or one published object); those already here are passed over.
+        """Append the comparisons of a JSON file (an array, or one published object); those here already are left.
 
         All or nothing: raises `MeasureError` on the first record that is not a comparison. Returns how many
         were new.

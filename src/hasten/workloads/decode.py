@@ -18,8 +18,8 @@ class DecodeOptions(LanguageOptions):
     )
     tokens: int = Field(64, ge=2, description="tokens to generate for each prompt")
     quality_texts: int = Field(8, ge=1, description="texts scored for perplexity")
-    quality_context: int = Field(128, ge=1, description="tokens before the first scored one of each text")
-    quality_tokens: int = Field(256, ge=1, description="scored tokens of each text")
+    quality_context: int = Field(64, ge=1, description="tokens before the first scored one of each text")
+    quality_tokens: int = Field(128, ge=1, description="scored tokens of each text")
 
 
 class Decode(LanguageWorkload[DecodeOptions]):
