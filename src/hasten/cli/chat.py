@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,6 +39,8 @@ def chat(
 
       hasten chat --model ./my-model.gguf --system "Answer in one sentence."
     """
+    import io
+
     from rich.console import Console
 
     from hasten.lm.request import SamplingParams
@@ -51,6 +55,11 @@ def chat(
         stop=tuple(stop or ()),
     )
     console = Console(stderr=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are not UTF-8 make a line that is refused, not the end of the conversation.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history in `input`)
     with common.open_llm(common.make_plan(model, use, plan, dtype)) as llm:
         console.print(f"[dim]{HELP}[/dim]")
         converse(llm, params, system, console)
@@ -58,18 +67,12 @@ def chat(
 
 def converse(llm: LLM, params: SamplingParams, system: str | None, console: Any) -> None:
     """Read, answer, repeat until end of input. The history holds what was really said, also when interrupted."""
-    import contextlib
-
-    from hasten.core.errors import RequestError
-
-    # Line editing and history where the platform has readline.
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
     start: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
+    prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            line = input("> ").strip()
+            line = input(prompt).strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -84,24 +87,33 @@ def converse(llm: LLM, params: SamplingParams, system: str | None, console: Any)
         elif line.startswith("/"):
             console.print(f"[dim]{HELP}[/dim]")
         elif line:
-            messages.append({"role": "user", "content": line})
+            question = {"role": "user", "content": line}
             try:
-                messages.append({"role": "assistant", "content": answer(llm, messages, params, console)})
-            except RequestError as error:
-                messages.pop()
-                console.print(f"[red]{error}[/red]; /reset starts over")
+                said = answer(llm, [*messages, question], params, console)
+            except KeyboardInterrupt:  # pressed again while the first one was handled
+                continue
+            if said is not None:
+                messages += [question, {"role": "assistant", "content": said}]
 
 
-def answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, console: Any) -> str:
-    """Stream one answer; return what was printed. Ctrl-C cancels the request and keeps the partial answer."""
+def answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, console: Any) -> str | None:
+    """Stream one answer; return what was printed, or None if nothing was said (refused, or stopped before it began).
+
+    Ctrl-C cancels the request and keeps the part that is on the screen.
+    """
+    from hasten.core.errors import RequestError
+
     parts: list[str] = []
-    stream = llm.chat(messages, params, stream=True)
     try:
-        for delta in stream:
-            parts.append(delta.text)
-            print(delta.text, end="", flush=True)
-        print()
+        with contextlib.closing(llm.chat(messages, params, stream=True)) as stream:
+            for delta in stream:
+                parts.append(delta.text)
+                print(delta.text, end="", flush=True)
+        print(flush=True)
     except KeyboardInterrupt:
-        stream.close()
         console.print("\n[dim](stopped)[/dim]")
+        return "".join(parts) or None
+    except RequestError as error:
+        console.print(f"{error}; /reset starts over", style="red", markup=False)
+        return None
     return "".join(parts)

@@ -21,7 +21,8 @@ Use = Annotated[
     typer.Option("--use", "-u", help="Technique, e.g. adamas or adamas:budget=128. Repeatable."),
 ]
 PlanFile = Annotated[
-    Path | None, typer.Option("--plan", help="Plan file (TOML); --model/--use/--dtype override it.")
+    Path | None,
+    typer.Option("--plan", help="Plan file (TOML); --model and --dtype override it, --use adds to it."),
 ]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="auto, float32 (exact reference) or bfloat16. [default: auto]")
@@ -41,7 +42,7 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="Stop string. Rep
 
 
 def make_plan(model: str | None, use: list[str] | None, plan: Path | None, dtype: str | None) -> Plan:
-    """The plan that the options describe, checked."""
+    """The plan that the options describe, checked. ``use`` replaces a technique of the plan file, or adds one."""
     from dataclasses import replace
 
     from hasten.catalog.loader import technique
@@ -49,21 +50,23 @@ def make_plan(model: str | None, use: list[str] | None, plan: Path | None, dtype
 
     base = Plan.read(plan, technique) if plan else Plan()
     extra = tuple(parse_use(text, technique) for text in use or ())
+    kept = tuple(t for t in base.techniques if t.slug not in {e.slug for e in extra})
     return replace(
         base,
         model=model or base.model,
         dtype=dtype or base.dtype,
-        techniques=base.techniques + extra,
+        techniques=kept + extra,
     ).check()
 
 
 def open_llm(plan: Plan) -> LLM:
     """Load the plan's model, with a spinner on a terminal."""
     from rich.console import Console
+    from rich.markup import escape
 
     from hasten.lm.llm import LLM
 
-    with Console(stderr=True).status(f"loading {plan.model} ({plan.label()})"):
+    with Console(stderr=True).status(escape(f"loading {plan.model} ({plan.label()})")):
         return LLM(plan=plan)
 
 
@@ -80,11 +83,12 @@ def read_prompt(text: str) -> str:
     if text != "-":
         # The shell hands over undecodable bytes as lone surrogates.
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise RequestError("the prompt is not valid UTF-8")
+            raise RequestError("the prompt is not valid UTF-8; convert it first, e.g. with iconv")
         return text
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"standard input is not valid UTF-8 ({error.reason} at byte {error.start})"
+            f"standard input is not valid UTF-8 ({error.reason} at byte {error.start}); "
+            "convert it first, e.g. with iconv"
         ) from None

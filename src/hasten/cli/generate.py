@@ -39,12 +39,14 @@ def generate(
 
       cat notes.txt | hasten generate - --use adamas:budget=256
     """
-    from hasten.core.errors import RequestError
+    from hasten.core.errors import IntegrityError, RequestError
     from hasten.lm.request import SamplingParams
 
     text = common.read_prompt(prompt)
     if raw and system is not None:
         raise RequestError("--system needs the chat template; drop --raw or --system")
+    if not text and not raw:  # with --raw the model decides: some start from nothing but their start token
+        raise RequestError("the prompt is empty: give some text")
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -61,6 +63,9 @@ def generate(
     with common.open_llm(chosen) as llm:
         if as_json:
             completion = llm.generate([text], params)[0] if raw else llm.chat(messages, params)
+            (sample,) = completion.samples
+            if sample.error is not None:
+                raise IntegrityError(sample.error)
             timing = completion.timing
             common.print_json(
                 {
@@ -69,7 +74,7 @@ def generate(
                     "prompt_token_ids": list(completion.prompt_token_ids),
                     "token_ids": list(completion.token_ids),
                     "text": completion.text,
-                    "finish_reason": str(completion.samples[0].finish),
+                    "finish_reason": str(sample.finish),
                     "timing": {
                         "queue": timing.queue,
                         "first_token": timing.first_token,

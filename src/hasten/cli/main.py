@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hasten.cli.batch import batch
 from hasten.cli.bench import bench
@@ -18,8 +20,26 @@ from hasten.cli.models import app as models_app
 from hasten.cli.report import report
 from hasten.cli.show import show
 
+
+class _Commands(TyperGroup):
+    """The group of commands; a reader of the output that has gone (``| head``) ends a command quietly."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _drop_output()
+            raise typer.Exit from None
+
+
+def _drop_output() -> None:
+    """What Python still has to write to standard output when it exits goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 app = typer.Typer(
     name="hasten",
+    cls=_Commands,
     help="Makes machine-learning jobs faster, and proves it.",
     no_args_is_help=True,
     add_completion=True,
@@ -40,9 +60,9 @@ app.add_typer(models_app, name="models")
 
 def _version(value: bool) -> None:
     if value:
-        from importlib.metadata import version
+        from hasten import __version__
 
-        print(f"hasten {version('hasten')}")
+        print(f"hasten {__version__}")
         raise typer.Exit
 
 
@@ -60,14 +80,15 @@ def main() -> None:
     from hasten.core.errors import HastenError
 
     try:
-        app()
+        app(prog_name="hasten")
     except HastenError as error:
         print(f"hasten: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader (head, less) has gone: not an error. Keep the interpreter from complaining at exit.
-        sys.stdout = None  # type: ignore[assignment]
-        sys.exit(0)
+    finally:
+        try:
+            sys.stdout.flush()  # a closed pipe shows here, not when Python exits
+        except BrokenPipeError:
+            _drop_output()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +34,7 @@ class Job:
     error: RequestError | None = None
 
 
+_BEGIN = b'{"id": "batch_req_'  # of every line of an output, so a torn one can be told from foreign text
 Answer = Callable[[Iterable[Job]], Iterator[tuple[Job, Completion | HastenError]]]
 
 
@@ -81,14 +83,14 @@ def _job(number: int, line: bytes, seen: dict[str, int]) -> Job:
 
 
 def finished(path: Path, jobs: Iterable[Job]) -> set[str]:
-    """Ids already answered in the output; cuts off a torn last line. Refuses a foreign output file."""
+    """Ids already answered in the output; cuts off a torn last line. Refuses a foreign output file, untouched."""
     if not path.exists():
         return set()
     raw = path.read_bytes()
     whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
-        with path.open("r+b") as stream:
-            stream.truncate(whole)
+    torn = raw[whole:]
+    if torn[: len(_BEGIN)] != _BEGIN[: len(torn)]:
+        raise RequestError(f"the last line of {path} is not a batch answer; choose another output file")
     known = {job.id for job in jobs}
     done: set[str] = set()
     for number, line in enumerate(raw[:whole].splitlines(), start=1):
@@ -103,6 +105,9 @@ def finished(path: Path, jobs: Iterable[Job]) -> set[str]:
                 f"{path} holds answers to another input (line {number}: {identity}); choose another output file"
             )
         done.add(identity)
+    if torn:
+        with path.open("r+b") as stream:
+            stream.truncate(whole)
     return done
 
 
@@ -120,20 +125,24 @@ def run_batch(
     ``answer`` runs requests (continuously batched) and yields each as it finishes. ``progress(done, total)`` is
     called after every written line. Raises `RequestError` if another process is writing the same output.
     """
+    if target.is_dir() or not target.parent.is_dir():
+        raise RequestError(f"{target} cannot be the output: give a file in a folder that exists")
     lock = FileLock(str(target) + ".lock")
     try:
-        lock.acquire(timeout=0)
+        with _writing(target):
+            lock.acquire(timeout=0)
     except Timeout:
         raise RequestError(
             f"another process is writing {target}; wait for it or choose another output"
         ) from None
     try:
         jobs = read_jobs(source)
-        done = finished(target, jobs)
+        with _writing(target):
+            done = finished(target, jobs)
         todo = [job for job in jobs if job.id not in done]
         failed = 0
         progress(len(done), len(jobs))
-        with target.open("ab") as stream:
+        with _writing(target), target.open("ab") as stream:
             for count, (job, result) in enumerate(_results(todo, answer), start=len(done) + 1):
                 failed += not isinstance(result, Completion)
                 _write(stream, _record(job, result, model, decode))
@@ -141,6 +150,19 @@ def run_batch(
         return len(todo), failed
     finally:
         lock.release()
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Disk full, no permission: a `RequestError`. What is written stays, and the next run goes on from there."""
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        raise RequestError(
+            f"{target} cannot be written: {error.strerror or error}; mend that and run the batch again to go on"
+        ) from None
 
 
 def _results(jobs: list[Job], answer: Answer) -> Iterator[tuple[Job, Completion | HastenError]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,8 +39,9 @@ class LLM:
     calibration: token sequences for techniques that calibrate, None for the documentation corpus.
     engine: see `hasten.lm.settings.EngineSettings`, e.g. ``max_batch=16``, ``kv_memory_mb=500``.
 
-    One thread at a time: the engine runs inside the calling method, not in the background. Ctrl-C cancels what the call
-    started, at the end of the running step; the model is usable afterwards.
+    The engine runs inside the calling method, not in the background. Several threads may call the verbs: they take
+    turns step by step, and what they ask runs in one batch. (`engine` itself is for one thread.) Ctrl-C cancels what
+    the call started, at the end of the running step; the model is usable afterwards.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LLM:
     ) -> None:
         self.plan = _plan(model, tuple(use), dtype, plan, engine)
         self._loaded = load(self.plan, calibration)
+        self._lock = threading.RLock()
 
     @property
     def engine(self) -> Engine:
@@ -83,7 +86,7 @@ class LLM:
         requests: list[Request] = []
         try:
             for prompt, wanted in zip(many, chosen, strict=True):
-                requests.append(self.engine.submit(prompt, wanted))
+                requests.append(self._submit(prompt, wanted))
             while not all(r.done for r in requests):
                 self._step()
         finally:
@@ -95,7 +98,7 @@ class LLM:
 
     def stream(self, prompt: Given, params: SamplingParams | None = None) -> Stream:
         """Complete one prompt, yielding `Delta`s as they come. Closing the iterator cancels the request."""
-        return Stream(self, self.engine.submit(prompt, params))
+        return Stream(self, self._submit(prompt, params))
 
     @overload
     def chat(
@@ -159,8 +162,8 @@ class LLM:
             raise RequestError(f"line {job.line}: no body")
         params = job.body.params()
         if isinstance(job.body, ChatBody):
-            return self.engine.submit(self.chat_prompt([m.plain() for m in job.body.messages]), params)
-        return self.engine.submit(job.body.prompt, params)
+            return self._submit(self.chat_prompt([m.plain() for m in job.body.messages]), params)
+        return self._submit(job.body.prompt, params)
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
@@ -188,9 +191,10 @@ class LLM:
         """Log-likelihood of tokens, teacher forced; see `hasten.lm.scoring.score`. A list gives a list."""
         many = _many(given)
         single = isinstance(given, str) or many is not given
-        scores = scoring.score(
-            self.engine, [self.engine.intake.tokens(g) for g in many], context, mode, chunk
-        )
+        with self._lock:
+            scores = scoring.score(
+                self.engine, [self.engine.intake.tokens(g) for g in many], context, mode, chunk
+            )
         return scores[0] if single else scores
 
     # -- the rest ------------------------------------------------------------------------------------------------
@@ -216,8 +220,9 @@ class LLM:
 
     def close(self) -> None:
         """Cancel everything and forget the prefix cache."""
-        self.engine.cancel_all()
-        self.engine.cache.store.clear()
+        with self._lock:
+            self.engine.cancel_all()
+            self.engine.cache.store.clear()
 
     def __enter__(self) -> LLM:
         return self
@@ -227,12 +232,16 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _submit(self, prompt: Given, params: SamplingParams | None) -> Request:
+        with self._lock:
+            return self.engine.submit(prompt, params)
+
     def _step(self) -> None:
-        with deferred_interrupt():
+        with deferred_interrupt(), self._lock:
             self.engine.step()
 
     def _cancel(self, requests: Iterable[Request]) -> None:
-        with deferred_interrupt():
+        with deferred_interrupt(), self._lock:
             for request in requests:
                 if not request.done:
                     self.engine.cancel(request)

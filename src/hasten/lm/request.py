@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from hasten.core.errors import RequestError
 
 
+_LARGEST = 1e9  # logits are float32: beyond this, sums and products of settings are infinity or NaN
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens. ``temperature=0`` is greedy (ties: lowest id).
@@ -41,11 +44,14 @@ class SamplingParams:
                 raise RequestError(f"{name} = {getattr(self, name)!r}: {want}")
 
         def finite(value: object) -> bool:
-            return isinstance(value, int | float) and math.isfinite(value)
+            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
-        need(isinstance(self.max_tokens, int) and self.max_tokens > 0, "max_tokens", "must be at least 1")
+        def whole(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        need(whole(self.max_tokens) and self.max_tokens > 0, "max_tokens", "must be at least 1")
         need(finite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "must be in 0..100")
-        need(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "must be 0 (off) or more")
+        need(whole(self.top_k) and self.top_k >= 0, "top_k", "must be 0 (off) or more")
         need(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
         need(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "must be in 0..1")
         need(
@@ -54,13 +60,23 @@ class SamplingParams:
             "must be > 0",
         )
         for name in ("presence_penalty", "frequency_penalty"):
-            need(finite(getattr(self, name)), name, "must be a finite number")
-        need(isinstance(self.n, int) and 1 <= self.n <= 128, "n", "must be in 1..128")
-        need(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", "must be in 0..100")
-        need(not isinstance(self.stop, str), "stop", "must be a tuple of strings")
+            need(finite(getattr(self, name)), name, "must be a finite number (at most 1e9)")
+        need(whole(self.n) and 1 <= self.n <= 128, "n", "must be in 1..128")
+        need(
+            self.logprobs is None or (whole(self.logprobs) and 0 <= self.logprobs <= 100),
+            "logprobs",
+            "must be in 0..100",
+        )
+        need(isinstance(self.stop, tuple | list), "stop", "must be a tuple of strings")
         need(all(isinstance(s, str) and s for s in self.stop), "stop", "must be non-empty strings")
-        need(self.seed is None or isinstance(self.seed, int), "seed", "must be an integer")
-        need(all(finite(bias) for bias in self.logit_bias.values()), "logit_bias", "must be finite numbers")
+        need(self.seed is None or whole(self.seed), "seed", "must be an integer")
+        need(all(whole(t) for t in self.stop_token_ids), "stop_token_ids", "must be token ids")
+        need(
+            isinstance(self.logit_bias, Mapping)
+            and all(whole(t) and finite(bias) for t, bias in self.logit_bias.items()),
+            "logit_bias",
+            "must map token ids to finite numbers",
+        )
 
 
 class FinishReason(enum.StrEnum):
