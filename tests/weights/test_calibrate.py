@@ -11,14 +11,9 @@ from torch import nn
 from hasten.core.errors import IntegrityError, SettingError
 from hasten.models.config import DecoderConfig, HeadShape, RopeSpec
 from hasten.models.decoder import LAYER_LINEARS, Decoder, DenseLinear
-from hasten.weights.calibrate import (
-    BlockMethod,
-    LinearReport,
-    WorkFolder,
-    calibrate,
-    draw_segments,
-    token_digest,
-)
+from hasten.weights.calibrate import BlockMethod, LinearReport, calibrate
+from hasten.weights.calibrate_data import draw_segments, token_digest
+from hasten.weights.calibrate_work import WorkFolder
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -91,9 +86,10 @@ def inputs_of(decoder: Decoder, token_ids_NL: torch.Tensor) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 24, 25, 10_000])
-def test_true_sequential_shows_the_inputs_of_the_replaced_model(chunk_tokens):
+@pytest.mark.parametrize("stash_bytes", [0, 12 * 16 * 4 * 3, 1 << 30])  # nothing, some chunks, everything
+def test_true_sequential_shows_the_inputs_of_the_replaced_model(chunk_tokens, stash_bytes):
     decoder, method, ids_NL = tiny_decoder(), Coarsen(), tokens()
-    reports = calibrate(decoder, ids_NL, method, chunk_tokens=chunk_tokens)
+    reports = calibrate(decoder, ids_NL, method, chunk_tokens=chunk_tokens, stash_bytes=stash_bytes)
     expected = inputs_of(decoder, ids_NL)  # everything upstream of a linear was already replaced
     for name, x_TI in method.seen.items():
         assert torch.allclose(x_TI, expected[name], atol=1e-5), name

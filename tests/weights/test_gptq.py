@@ -22,7 +22,8 @@ from hasten.core.plan import Plan
 from hasten.models.checkpoint import load_decoder
 from hasten.models.decoder import LAYER_LINEARS
 from hasten.weights import gptq as module
-from hasten.weights.calibrate import SourceLinear, WorkFolder, calibrate
+from hasten.weights.calibrate import SourceLinear, calibrate
+from hasten.weights.calibrate_work import WorkFolder
 from hasten.weights.format import PackedLinear, WeightFormat
 from hasten.weights.gptq import GPTQ, GPTQMethod, read_reports
 from hasten.weights.gptq_sweep import quantize
@@ -143,7 +144,7 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from gptq_models import context
-from hasten.weights.calibrate import WorkFolder
+from hasten.weights.calibrate_work import WorkFolder
 from hasten.weights.gptq import GPTQ
 keep = WorkFolder.save
 def save(self, index, *rest):

@@ -5,8 +5,9 @@ it, and finally runs the *replaced* block to make the inputs of the next one, so
 of earlier ones (GPTQ, arXiv 2210.17323, section 3.3 and the setup of section 4). The decoder's fused linears are
 exactly the groups that share an input: {q, k, v}, {o}, {gate, up}, {down}.
 
-Memory: one copy of the hidden states of all samples ([N, L, E] float32), one block's weights, and temporaries of
-``chunk_tokens`` rows; nothing grows with the number of blocks.
+Memory: one copy of the hidden states of all samples ([N, L, E] float32), one block's weights, temporaries of
+``chunk_tokens`` rows, and up to ``stash_bytes`` of a linear's inputs, kept so that they need not be computed twice;
+nothing grows with the number of blocks.
 
 Legend: N samples, L tokens of a sample, T rows, I inputs, O outputs, E hidden size.
 """
@@ -14,28 +15,24 @@ Legend: N samples, L tokens of a sample, T rows, I inputs, O outputs, E hidden s
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hasten.core.errors import IntegrityError, SettingError
 from hasten.models.checkpoint import LinearSource
-from hasten.models.decoder import LAYER_LINEARS, CausalAttend, Decoder, DecoderLayer
+from hasten.models.decoder import LAYER_LINEARS, Attend, CausalAttend, Decoder, DecoderLayer
 
 log = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 4096
+STASH_BYTES = 1 << 30
 
 
 class Statistic(Protocol):
@@ -132,26 +129,43 @@ class FixedLinear(nn.Module):
         return nn.functional.linear(x_TI, self.weight, self.bias)
 
 
+class _Skipped(nn.Module):
+    """Stands for a linear whose result will not be used: zeros of the right shape."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        return x_TI.new_zeros(x_TI.shape[0], self.outputs)
+
+
 class _Captured(Exception):  # noqa: N818 - control flow, not an error
     """Stops a forward pass once the input it was run for is known."""
 
 
 @contextlib.contextmanager
-def _capture(linear: nn.Module, statistic: Statistic, stop: bool) -> Iterator[None]:
-    """Feed the inputs of ``linear`` to ``statistic``; with ``stop``, run nothing after it."""
+def _capture(linear: nn.Module, statistic: Statistic, stop: bool) -> Iterator[list[Tensor]]:
+    """Feed the inputs of ``linear`` to ``statistic`` and list them; with ``stop``, run nothing after it."""
+    seen: list[Tensor] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         statistic.update(args[0])
+        seen.append(args[0])
         if stop:
             raise _Captured
 
     handle = linear.register_forward_pre_hook(hook)
     try:
-        yield
+        yield seen
     except _Captured:
         pass
     finally:
         handle.remove()
+
+
+_Half = Callable[[Tensor, Tensor, Attend], Tensor]
+"""(x_TE, position_T, attend) -> x_TE: the attention or the feed-forward half of a block."""
 
 
 class _Chunks:
@@ -166,7 +180,7 @@ class _Chunks:
             ids = token_ids_NL[start : start + self.step]
             self.x_NLE[start : start + self.step] = decoder.embed(ids.reshape(-1)).view(*ids.shape, -1)
 
-    def each(self, run: Callable[[Tensor, Tensor, CausalAttend], Tensor], *, keep: bool) -> None:
+    def each(self, run: _Half, *, keep: bool) -> None:
         """``run(x_TE, position_T, attend)`` on every chunk of whole samples; ``keep`` stores what it returns."""
         for start in range(0, self.x_NLE.shape[0], self.step):
             x_NLE = self.x_NLE[start : start + self.step]
@@ -185,6 +199,7 @@ def calibrate(
     *,
     true_sequential: bool = True,
     chunk_tokens: int = CHUNK_TOKENS,
+    stash_bytes: int = STASH_BYTES,
     keep: bool = True,
     progress: Callable[[BlockReport], None] | None = None,
 ) -> list[BlockReport]:
@@ -192,6 +207,7 @@ def calibrate(
 
     token_ids_NL: int64 [N, L]. true_sequential: replace a linear before collecting the next one's inputs, so that
     even inside a block errors are seen downstream; else all four are collected from the original block.
+    stash_bytes: memory for a linear's inputs that would otherwise be computed twice (true_sequential only).
     keep: leave the replaced linears in the decoder; otherwise they are dropped once the next block's inputs exist
     (the method must have kept its result). Deterministic: same tokens, method and thread count, same result.
     Raises `SettingError` for empty or out-of-range tokens, `IntegrityError` when activations become NaN or infinite.
@@ -210,8 +226,10 @@ def calibrate(
                 decoder.set_linear(name, finished[name])
             chunks.each(lambda x, p, a, layer=layer: layer.mlp(layer.attention(x, p, a)), keep=True)
         else:
-            step = _sequential if true_sequential else _at_once
-            linears = step(decoder, layer, names, chunks, method)
+            if true_sequential:
+                linears = _Sequential(decoder, layer, names, chunks, method, stash_bytes).run()
+            else:
+                linears = _at_once(decoder, layer, names, chunks, method)
             method.save(index, linears)
         if not torch.isfinite(chunks.x_NLE).all():
             raise IntegrityError(f"hidden states after block {index} hold NaN or infinity; check the weights")
@@ -228,35 +246,83 @@ def calibrate(
     return reports
 
 
-def _sequential(
-    decoder: Decoder, layer: DecoderLayer, names: Mapping[str, str], chunks: _Chunks, method: BlockMethod
-) -> list[LinearReport]:
-    """Collect and replace one linear after the other; every pass stops at the linear it collects for."""
-    reports = []
-    for leaf, name in names.items():
-        linear = getattr(layer, leaf)
-        statistic = method.statistic(name, linear)
-        if leaf == "gate_up_proj":  # the attention half is final: move on to its outputs
-            chunks.each(layer.attention, keep=True)
+class _Sequential:
+    """One block, linear by linear: collect the inputs of one, replace it, go on. Passes stop where they collect.
 
-        def run(
-            x_TE: Tensor,
-            position_T: Tensor,
-            attend: CausalAttend,
-            mlp: bool = leaf in ("gate_up_proj", "down_proj"),
-            linear: nn.Module = linear,
-            statistic: Statistic = statistic,
-        ) -> Tensor:
-            with _capture(linear, statistic, stop=True):
-                layer.mlp(x_TE) if mlp else layer.attention(x_TE, position_T, attend)
+    The inputs of ``o_proj`` and ``down_proj`` are needed a second time, to finish the half of the block; if they fit
+    into ``stash_bytes`` they are kept instead of computed again.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layer: DecoderLayer,
+        names: Mapping[str, str],
+        chunks: _Chunks,
+        method: BlockMethod,
+        stash_bytes: int,
+    ) -> None:
+        self.decoder, self.layer, self.names, self.chunks, self.method = decoder, layer, names, chunks, method
+        self.stash_bytes = stash_bytes
+
+    def run(self) -> list[LinearReport]:
+        """Reports in execution order; the chunks hold the block's outputs afterwards."""
+        layer = self.layer
+        reports = [self._replace("qkv_proj", layer.attention, None)]
+        stash: list[Tensor] = []
+        reports.append(self._replace("o_proj", layer.attention, stash))
+        self._finish("o_proj", "qkv_proj", layer.attention, stash)
+        reports.append(self._replace("gate_up_proj", self._mlp, None))
+        reports.append(self._replace("down_proj", self._mlp, stash))
+        self._finish("down_proj", "gate_up_proj", self._mlp, stash)
+        return reports
+
+    def _mlp(self, x_TE: Tensor, _position_T: Tensor, _attend: Attend) -> Tensor:
+        return self.layer.mlp(x_TE)
+
+    def _replace(self, leaf: str, half: _Half, stash: list[Tensor] | None) -> LinearReport:
+        """Collect the inputs of ``leaf`` in ``half`` of the block and replace it; keep the inputs in ``stash``."""
+        linear, name = getattr(self.layer, leaf), self.names[leaf]
+        statistic = self.method.statistic(name, linear)
+        kept = 0
+
+        def run(x_TE: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
+            nonlocal kept
+            with _capture(linear, statistic, stop=True) as seen:
+                half(x_TE, position_T, attend)
+            if stash is not None:
+                kept += seen[0].nbytes
+                if kept <= self.stash_bytes:
+                    stash.append(seen[0])
             return x_TE
 
-        chunks.each(run, keep=False)
-        replaced, report = method.process(name, linear, statistic)
-        decoder.set_linear(name, replaced)
-        reports.append(report)
-    chunks.each(lambda x, _p, _a: layer.mlp(x), keep=True)
-    return reports
+        self.chunks.each(run, keep=False)
+        replaced, report = self.method.process(name, linear, statistic)
+        self.decoder.set_linear(name, replaced)
+        return report
+
+    def _finish(self, leaf: str, upstream: str, half: _Half, stash: list[Tensor]) -> None:
+        """Move all chunks through ``half``, starting at ``leaf`` where its inputs were kept. Empties ``stash``."""
+        before = getattr(self.layer, upstream)
+        width = (
+            sum(self.layer.qkv_split) if upstream == "qkv_proj" else 2 * self.decoder.config.intermediate_size
+        )
+        skipped = _Skipped(width)
+        stash.reverse()
+
+        def run(x_TE: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
+            if not stash:
+                return half(x_TE, position_T, attend)
+            inputs = stash.pop()
+            handle = getattr(self.layer, leaf).register_forward_pre_hook(lambda _module, _args: (inputs,))
+            setattr(self.layer, upstream, skipped)
+            try:
+                return half(x_TE, position_T, lambda _layer, q_THD, _k, _v, _position: q_THD)
+            finally:
+                setattr(self.layer, upstream, before)
+                handle.remove()
+
+        self.chunks.each(run, keep=True)
 
 
 def _at_once(
@@ -266,7 +332,7 @@ def _at_once(
     linears = {leaf: getattr(layer, leaf) for leaf in names}
     statistics = {leaf: method.statistic(names[leaf], linear) for leaf, linear in linears.items()}
 
-    def run(x_TE: Tensor, position_T: Tensor, attend: CausalAttend) -> Tensor:
+    def run(x_TE: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
         with contextlib.ExitStack() as stack:
             for leaf, linear in linears.items():
                 stack.enter_context(_capture(linear, statistics[leaf], stop=leaf == "down_proj"))
@@ -295,106 +361,3 @@ def _check_tokens(token_ids_NL: Tensor, vocab_size: int) -> None:
             f"calibration token {low if low < 0 else high} is outside the vocabulary of {vocab_size}; "
             "the calibration data belongs to another tokenizer"
         )
-
-
-def draw_segments(
-    sizes: Sequence[int], tokens: Callable[[int], Sequence[int]], samples: int, length: int, seed: int
-) -> Tensor:
-    """``samples`` random segments of ``length`` tokens from documents, int64 [samples, length].
-
-    A document is drawn with probability proportional to ``sizes`` (any unit), then a start uniformly within it;
-    documents shorter than ``length`` are passed over. ``tokens(i)`` is called for drawn documents only, once each.
-    Deterministic by ``seed``. Raises `SettingError` for empty data or when no document is long enough.
-    """
-    if samples < 1 or length < 1:
-        raise SettingError(f"calibration needs samples >= 1 and sample_length >= 1, not {samples} x {length}")
-    if not sizes or not any(size > 0 for size in sizes):
-        raise SettingError("calibration data must not be empty; give at least one document")
-    random = torch.Generator().manual_seed(seed)
-    weights = torch.tensor([float(size) for size in sizes], dtype=torch.float64)
-    seen: dict[int, Tensor] = {}
-    longest = 0
-    segments: list[Tensor] = []
-    while len(segments) < samples:
-        if not bool((weights > 0).any()):
-            raise SettingError(
-                f"no calibration document has {length} tokens (the longest has {longest}); "
-                f"set sample_length to at most {longest} or give longer documents"
-            )
-        # Inverse-CDF sampling: torch.multinomial refuses more than 2^24 categories and consumes more random state.
-        at = torch.rand(1, generator=random, dtype=torch.float64) * weights.sum()
-        index = int(torch.searchsorted(weights.cumsum(0), at, right=True).clamp_max(len(sizes) - 1))
-        if index not in seen:
-            seen[index] = torch.tensor(list(tokens(index)), dtype=torch.int64)
-        ids_L = seen[index]
-        longest = max(longest, ids_L.numel())
-        if ids_L.numel() < length:
-            weights[index] = 0
-            continue
-        start = int(torch.randint(ids_L.numel() - length + 1, (1,), generator=random))
-        segments.append(ids_L[start : start + length])
-    return torch.stack(segments)
-
-
-def token_digest(sequences: Sequence[Sequence[int]]) -> str:
-    """SHA-256 (hex) of token sequences: part of an artefact's key when the caller brings calibration data."""
-    digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(f"{len(sequence)}:".encode())
-        digest.update(torch.tensor(list(sequence), dtype=torch.int64).numpy().tobytes())
-    return digest.hexdigest()
-
-
-class WorkFolder:
-    """Finished blocks of an unfinished run, one safetensors file each; a killed run loses at most one block.
-
-    Files appear atomically; one that cannot be read (power loss) counts as not finished.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-
-    def file(self, index: int) -> Path:
-        return self.path / f"block-{index:03d}.safetensors"
-
-    def save(self, index: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Keep a block's tensors and string metadata."""
-        temporary = self.path / f".block-{index:03d}.{os.getpid()}"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
-        os.replace(temporary, self.file(index))
-
-    def load(self, index: int) -> dict[str, Tensor] | None:
-        """A finished block's tensors, or None."""
-        if not self.file(index).exists():
-            return None
-        try:
-            with safe_open(self.file(index), framework="pt") as stored:
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
-            log.warning("%s cannot be read (%s); its block is done again", self.file(index), error)
-            return None
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, blocks: int) -> Iterator[Callable[[BlockReport], None]]:
-    """A progress bar on stderr: blocks done, the last block's relative error and time, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=blocks, last="")
-
-        def advance(report: BlockReport) -> None:
-            worst = max((r.error for r in report.linears), default=0.0)
-            last = "resumed" if report.resumed else f"error {worst:.1e}, {report.seconds:.1f} s"
-            bar.update(task, advance=1, last=last)
-
-        yield advance

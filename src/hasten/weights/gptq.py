@@ -34,12 +34,10 @@ from hasten.weights.calibrate import (
     FixedLinear,
     LinearReport,
     SourceLinear,
-    WorkFolder,
     calibrate,
-    draw_segments,
-    progress_bar,
-    token_digest,
 )
+from hasten.weights.calibrate_data import draw_segments, token_digest
+from hasten.weights.calibrate_work import WorkFolder, progress_bar
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
 from hasten.weights.gptq_files import save_gptq, stored_gptq, stored_linear
 from hasten.weights.gptq_grid import TERNARY, Grid, make_grid

@@ -5,7 +5,8 @@ All output rows go in parallel; columns go in order, in lazily updated blocks (s
 
     q_j = grid(w_j);  e_j = (w_j - q_j) / U_jj;  w_k -= e_j U_jk for k > j
 
-Inside a block of B columns only the block is updated; the rest follows with one matrix product per block.
+Inside a block of B columns only the block is updated; the rest follows with one matrix product per block. The same
+trick once more inside the block: rank-one updates reach `INNER` columns, which keeps them in cache.
 Blocks are cut so that a group always starts where every one of its columns is up to date: the blocked and the
 unblocked sweep then do the same arithmetic even when groups are refitted on compensated weights. It is done in
 float64: one rounding that falls the other way changes all that follows, and the sweep is a small part of the time.
@@ -25,6 +26,8 @@ from torch import Tensor
 from hasten.core.errors import IntegrityError, SettingError, UnsupportedError
 from hasten.weights.gptq_grid import Grid
 from hasten.weights.hessian import Factor, inverse_factor, quadratic
+
+INNER = 8
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,12 @@ def group_count(inputs: int, group_size: int | None) -> int:
     return 1 if group_size is None else -(-inputs // group_size)
 
 
-def _spans(inputs: int, group: int, block: int) -> Iterator[tuple[int, int]]:
-    """Blocks of at most ``block`` columns: whole groups when one fits, else pieces that end where a group does."""
-    start = 0
+def _spans(start: int, end: int, group: int, block: int) -> Iterator[tuple[int, int]]:
+    """[start, end) in blocks of at most ``block`` columns: whole groups when one fits, else pieces that end with it."""
     whole = block // group * group
-    while start < inputs:
+    while start < end:
         stop = start + whole if whole else min(start + block, (start // group + 1) * group)
-        yield start, min(stop, inputs)
+        yield start, min(stop, end)
         start = stop
 
 
@@ -165,18 +167,24 @@ def sweep(
         group_of_visit = (torch.arange(inputs) // group).tolist()
     codes_IO = torch.empty(inputs, outputs, dtype=torch.uint8)
     loss = 0.0
-    for start, stop in _spans(inputs, inputs if fixed else group, blocksize):
+    run = inputs if fixed else group
+    for start, stop in _spans(0, inputs, run, blocksize):
         error_BO = torch.empty(stop - start, outputs, dtype=torch.float64)
-        for j in range(start, stop):
-            g = group_of_visit[j]
-            if not fixed and j % group == 0:
-                a_GO[g], b_GO[g] = grid.fit(w_IO[j : j + group])
-            code_O = grid.encode(w_IO[j], a_GO[g], b_GO[g])
-            codes_IO[j] = code_O
-            error_O = error_BO[j - start]
-            torch.sub(w_IO[j], grid.decode(code_O, a_GO[g], b_GO[g]), out=error_O).div_(diagonal[j])
-            if j + 1 < stop:
-                w_IO[j + 1 : stop].addr_(upper_II[j, j + 1 : stop], error_O, alpha=-1)
+        for first, last in _spans(start, stop, run, INNER):
+            for j in range(first, last):
+                g = group_of_visit[j]
+                if not fixed and j % group == 0:
+                    a_GO[g], b_GO[g] = grid.fit(w_IO[j : j + group])
+                code_O = grid.encode(w_IO[j], a_GO[g], b_GO[g])
+                codes_IO[j] = code_O
+                error_O = error_BO[j - start]
+                torch.sub(w_IO[j], grid.decode(code_O, a_GO[g], b_GO[g]), out=error_O).div_(diagonal[j])
+                if j + 1 < last:
+                    w_IO[j + 1 : last].addr_(upper_II[j, j + 1 : last], error_O, alpha=-1)
+            if last < stop:
+                w_IO[last:stop].addmm_(
+                    upper_II[first:last, last:stop].t(), error_BO[first - start : last - start], alpha=-1
+                )
         if stop < inputs:
             w_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), error_BO, alpha=-1)
         loss += 0.5 * float(error_BO.square().sum())

@@ -4,7 +4,7 @@ For inputs x the layer-wise error of replacing W by Q is ||(W - Q) X||^2 = n/2 t
 H = (2 / n) X X^T. Every method that trades one weight's rounding error against another's (GPTQ and what builds
 on it) needs H, and all linears that share an input share it. Source: GPTQ (arXiv 2210.17323), sections 3.1-3.3.
 
-Legend: T rows (tokens), I inputs, O outputs.
+Legend: T rows (tokens), I inputs, O outputs, K inputs of a panel.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from hasten.core.errors import IntegrityError, SettingError, UnsupportedError
 
 CHUNK_ROWS = 4096  # rows multiplied at once; bounds the temporaries, not the result
+PANEL = 192  # rows of H updated by one matrix product
 MAX_RETRIES = 4  # dampening 0.01 -> 0.1 -> 1 -> 10 -> 100 times the mean diagonal
 
 
@@ -31,11 +32,19 @@ class Hessian:
         if inputs < 1:
             raise SettingError(f"a Hessian needs at least one input, not {inputs}")
         self.rows = 0
-        self.matrix_II = torch.zeros(inputs, inputs, dtype=torch.float32)
+        self._upper_II = torch.zeros(
+            inputs, inputs, dtype=torch.float32
+        )  # below the panels' diagonal: not kept up
+
+    @property
+    def matrix_II(self) -> Tensor:
+        """H, symmetric to the bit."""
+        upper_II = self._upper_II.triu()
+        return upper_II + upper_II.triu(1).t()
 
     def update(self, x_TI: Tensor) -> None:
         """Add rows [..., I] of any float dtype. Raises `IntegrityError` on NaN or infinity."""
-        inputs = self.matrix_II.shape[0]
+        inputs = self._upper_II.shape[0]
         if x_TI.shape[-1] != inputs:
             raise UnsupportedError(
                 f"activations of width {x_TI.shape[-1]} do not fit a layer of {inputs} inputs"
@@ -49,9 +58,16 @@ class Hessian:
         if added == 0:
             return
         total = self.rows + added
-        self.matrix_II.addmm_(x_TI.t(), x_TI, beta=self.rows / total, alpha=2.0 / total)
+        beta, alpha = self.rows / total, 2.0 / total
+        for start in range(
+            0, x_TI.shape[1], PANEL
+        ):  # the upper triangle alone: little more than half the work
+            panel_TK = x_TI[:, start : start + PANEL]
+            self._upper_II[start : start + PANEL, start:].addmm_(
+                panel_TK.t(), x_TI[:, start:], beta=beta, alpha=alpha
+            )
         # One bad activation poisons a whole row and column, so the diagonal shows it.
-        if not torch.isfinite(self.matrix_II.diagonal()).all():
+        if not torch.isfinite(self._upper_II.diagonal()).all():
             raise IntegrityError(
                 "calibration activations hold NaN or infinity; check the model's weights and the calibration text"
             )
