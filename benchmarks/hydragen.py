@@ -1,7 +1,7 @@
 """Speed of `hydragen` (acceptance 4 and 5 of its specification): `python -m benchmarks.hydragen --json FILE`.
 
-Attention alone, one layer, and whole decode steps of a model (``--steps``), on caches filled with random numbers, so that
-no prefill is measured. Arms, interleaved round by round:
+Attention alone, one layer, and whole decode steps of a model (``--steps``), on caches filled with random numbers: no
+prefill is measured. Arms, interleaved round by round:
 
     hydragen    shared pages, read once for all sequences
     shared      the same pages, read by each sequence itself (the default kernel; the vLLM arm)
@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +132,14 @@ def attention_case(
         layout = decode_layout(tables)
         pool = pools.setdefault(name == "duplicated", random_pages(pages, shape, dtype))
         plan = kernel.plan(layout)
-
-        def run(
-            kernel: DenseKernel = kernel, plan: Any = plan, pool: KVPages = pool, layout: StepLayout = layout
-        ) -> Tensor:
-            return kernel.run(plan, 0, q, pool, layout, spec, Dense())
-
-        arms[name] = run
+        arms[name] = partial(kernel.run, plan, 0, q, pool, layout, spec, Dense())
     # The prefix part alone: its rate against the matrix product's.
     prefix_layout = decode_layout([list(range(prefix // PAGE + SUFFIX // PAGE))] * batch)
     only = HydragenKernel(Hydragen())
     pool = pools[False]
     if batch > 1:
         plan = only.plan(prefix_layout)
-        arms["prefix part"] = lambda: only.run(plan, 0, q, pool, prefix_layout, spec, Dense())
+        arms["prefix part"] = partial(only.run, plan, 0, q, pool, prefix_layout, spec, Dense())
     seconds = rounds_of(arms, rounds)
     part = seconds.pop("prefix part", None)
     flops = 4 * shape.heads * shape.size * batch * (prefix + SUFFIX)
@@ -199,7 +194,7 @@ def step_case(loaded: Any, dtype: torch.dtype, batch: int, prefix: int, rounds: 
         runner = Runner(loaded.decoder, caches[duplicated][0], kernel)
         # Starting at the same token every time decodes the last position again and again.
         chunks = [Chunk(kv, length - 1, [7 + i], [length - 1], 1) for i, kv in enumerate(opened[duplicated])]
-        arms[name] = lambda runner=runner, chunks=chunks: runner.run(chunks)
+        arms[name] = partial(runner.run, chunks)
     seconds = rounds_of(arms, rounds)
     return {
         "batch": batch,
@@ -246,7 +241,7 @@ def main() -> None:
                     result["attention"].append({"shape": shape_name, "dtype": dtype_name, **case})
                     print(json.dumps(result["attention"][-1]), flush=True)
         if args.steps:
-            loaded = load(Plan(args.model, dtype="float32" if dtype is torch.float32 else "auto"))
+            loaded = load(Plan(args.model, dtype=args.weights or dtype_name))
             config = loaded.decoder.config
             per_token = 2 * config.num_layers * config.shape.kv_heads * config.shape.size * dtype.itemsize
             for batch in args.batch:
