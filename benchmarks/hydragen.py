@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(usable_cpus()))
     parser.add_argument("--steps", action="store_true", help="also whole decode steps (needs the model)")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--weights", help="dtype of the model's plan; by default that of the KV pages")
     parser.add_argument(
         "--memory-gb", type=float, default=8.0, help="skip cases whose duplicated cache is larger"
     )
