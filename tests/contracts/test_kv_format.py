@@ -5,8 +5,9 @@ import torch
 
 from hasten.attention.layout import KVPages, StepLayout
 from hasten.core.errors import UnsupportedError
-from hasten.lm.kvcache.format import PlainKV
-from hasten.models.config import HeadShape
+from hasten.lm.kvcache.format import KVFormat, PlainKV
+from hasten.models.config import HeadShape, RopeSpec
+from hasten.models.rope import Rope
 
 SLOT = "kv_format"
 DEFAULTS = {"float32": PlainKV, "bfloat16": lambda: PlainKV(torch.bfloat16)}
@@ -70,3 +71,26 @@ def test_pages_are_copied_in_every_layer_and_move_out_and_in(provider):
     format.append(0, keys(1, 5), keys(1, 6), layout([12]))
     assert all(torch.equal(a, b) for a, b in zip(content, format.read_page(1), strict=True))
     assert not torch.equal(format.read_page(3)[0], content[0])
+
+
+def test_rotating_and_appending_equals_the_two_one_after_the_other(provider):
+    """A format may fuse them; what it returns and what its pages hold must be the same."""
+    fused, plain = provider(), provider()
+    for format in (fused, plain):
+        format.allocate(1, 6, 4, SHAPE)
+    rope = Rope(RopeSpec(10000.0, SHAPE.size), 512)
+    cos, sin = rope.tables(torch.tensor([7, 8, 30]))
+    qkv = torch.randn(3, 4 + 2 + 2, SHAPE.size, generator=torch.Generator().manual_seed(3))
+    step = layout([5, 6, 7])
+    want_q, want_k = KVFormat.rotate_append(plain, 0, qkv[:, :4], qkv[:, 4:6], qkv[:, 6:], cos, sin, step)
+    mine = qkv.clone()
+    q, k = fused.rotate_append(0, mine[:, :4], mine[:, 4:6], mine[:, 6:], cos, sin, step)
+    torch.testing.assert_close(q, want_q)
+    torch.testing.assert_close(k, want_k)
+    torch.testing.assert_close(want_q, rope.rotate(qkv[:, :4], torch.tensor([7, 8, 30])))
+    try:
+        pairs = list(zip(fused.read_page(1), plain.read_page(1), strict=True))
+    except UnsupportedError:
+        return
+    for a, b in pairs:
+        torch.testing.assert_close(a[..., 1:, :], b[..., 1:, :])

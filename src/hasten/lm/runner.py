@@ -27,7 +27,6 @@ from hasten.core.errors import UnsupportedError
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.layers.hook import LayerHook
 from hasten.models.decoder import Decoder
-from hasten.models.rope import apply_rotation
 
 _DENSE = Dense()
 
@@ -151,7 +150,7 @@ class _Step:
         self.chunks = chunks
         self.decoder, self.cache = runner.decoder, runner.cache
         self.kernel, self.policy = runner.kernel, runner.policy
-        self.format, self.pre_rope = runner.cache.format, runner.cache.format.pre_rope
+        self.format = runner.cache.format
         self.count_S = np.array([len(c.token_ids) for c in chunks], dtype=np.int64)
         self.start_S = np.array([c.start for c in chunks], dtype=np.int64)
         positions: list[int] = []
@@ -270,10 +269,7 @@ class _Step:
         """The `Attend` of this step: rotate, append, select, read."""
         layout = self.layout if self.lack_LS is None else self.layout_of(layer)
         cos_TR, sin_TR = self._rope(layer, layout)
-        q_THD = apply_rotation(q_THD, cos_TR, sin_TR)
-        if not self.pre_rope:
-            k_TGD = apply_rotation(k_TGD, cos_TR, sin_TR)
-        self.format.append(layer, k_TGD, v_TGD, layout)
+        q_THD, k_TGD = self.format.rotate_append(layer, q_THD, k_TGD, v_TGD, cos_TR, sin_TR, layout)
         pages = self.format.pages(layer)
         spec = self.decoder.config.attention(layer)
         plan = self._plans.get(id(layout))

@@ -1,6 +1,6 @@
 """Slot ``kv_format``: how a page stores keys and values.
 
-Legend: N pages, G kv heads, P page size, D head size, T rows of the step.
+Legend: N pages, G kv heads, P page size, D head size, T rows of the step, H query heads, R rotated dimensions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hasten.attention.layout import HeadShape, KVPages, StepLayout
 from hasten.core.errors import UnsupportedError
+from hasten.kernels.rope import rope_append
+from hasten.models.rope import apply_rotation
 
 
 class KVFormat(ABC):
@@ -27,6 +29,26 @@ class KVFormat(ABC):
     @abstractmethod
     def append(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, layout: StepLayout) -> None:
         """Write the step's keys and values at ``layout.slot_T``."""
+
+    def rotate_append(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        layout: StepLayout,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate queries and (unless ``pre_rope``) keys, and `append`; what the engine calls.
+
+        Returns the rotated queries and the keys as cached. May overwrite its inputs. Override to fuse the two.
+        """
+        q_THD = apply_rotation(q_THD, cos_TR, sin_TR)
+        if not self.pre_rope:
+            k_TGD = apply_rotation(k_TGD, cos_TR, sin_TR)
+        self.append(layer, k_TGD, v_TGD, layout)
+        return q_THD, k_TGD
 
     @abstractmethod
     def pages(self, layer: int) -> Any:
@@ -75,6 +97,20 @@ class PlainKV(KVFormat):
             self._slots = (layout, page_T, offset_T)
         pages.k_NGPD[page_T, :, offset_T] = k_TGD.to(self.dtype)
         pages.v_NGPD[page_T, :, offset_T] = v_TGD.to(self.dtype)
+
+    def rotate_append(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        layout: StepLayout,
+    ) -> tuple[Tensor, Tensor]:
+        pages = self.layers[layer]
+        rope_append(q_THD, k_TGD, v_TGD, cos_TR, sin_TR, layout.slot_T, pages.k_NGPD, pages.v_NGPD)
+        return q_THD, k_TGD
 
     def pages(self, layer: int) -> KVPages:
         return self.layers[layer]
