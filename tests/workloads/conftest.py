@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -29,9 +30,6 @@ def tiny_plan(tiny_path):
     return make
 
 
-PROSE = "A river runs to the sea, and the sea is never full; wer rastet, der rostet. "
-
-
 @pytest.fixture
 def small_corpus(monkeypatch):
     """Three documents of eight sections each stand for the corpus."""
@@ -39,7 +37,10 @@ def small_corpus(monkeypatch):
     from hasten.workloads import text
 
     def section(document, number):
-        return f"## Part {number} of {document}\n\nPassage {number} of {document}. {PROSE * 4}\n\n"
+        # Words that never repeat: a prompt is found in the prefix cache only if it was really seen before.
+        digests = (hashlib.sha256(f"{document} {number} {i}".encode()).hexdigest() for i in range(60))
+        words = " ".join(digest[:5] for digest in digests)
+        return f"## Part {number} of {document}\n\nPassage {number} of {document}. {words}\n\n"
 
     documents = [
         Document(name, f"{name}: a document\n\n" + "".join(section(name, number) for number in range(8)))
