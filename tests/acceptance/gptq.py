@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hasten.core import paths
+from hasten.core.artefact import ArtefactStore
+from hasten.core.corpus import Corpus
+from hasten.models.checkpoint import LinearSource, load_decoder, open_checkpoint
+from hasten.models.context import BuildContext
+from hasten.models.decoder import Decoder
+from hasten.weights.calibrate import FixedLinear
+from hasten.weights.calibrate_data import draw_segments
+from hasten.weights.gptq import GPTQ, read_reports
 from hasten.weights.gptq_grid import Grid, TernaryGrid, UniformGrid
+from hasten.weights.gptq_pack import pack_weight
 from hasten.weights.gptq_sweep import quantize, round_to_nearest
 from hasten.weights.hessian import Hessian
 
@@ -78,6 +91,94 @@ def test_layer_error_below_rounding(grid: Grid, group_size: int | None) -> None:
     assert ours < 0.8 * theirs
 
 
+# 2, on the default model ----------------------------------------------------------------------------------------------
+
+MODEL_GRIDS = {
+    "4 bits, symmetric, groups of 64": {"bits": 4, "symmetric": True, "group_size": 64},
+    "4 bits, symmetric, per row": {"bits": 4, "symmetric": True, "group_size": -1},
+    "3 bits, groups of 64": {"bits": 3, "group_size": 64},
+    "2 bits, groups of 32": {"bits": 2, "group_size": 32},
+}
+SETTINGS = {"samples": 8, "sample_length": 512, "quantize_head": "float32"}  # the head exact on both sides
+
+
+@pytest.fixture(scope="module")
+def build(default_model_path: Path, documentation: Corpus) -> BuildContext:
+    """The default model with its artefacts where the engine keeps them, so that they are calibrated once."""
+    checkpoint = open_checkpoint(default_model_path)
+    return BuildContext(
+        config=checkpoint.config,
+        checkpoint=checkpoint,
+        tokenizer=checkpoint.tokenizer(),
+        weight_dtype=None,
+        kv_dtype=torch.float32,
+        artefacts=ArtefactStore(paths.home() / "artefacts", checkpoint.fingerprint),
+    )
+
+
+@pytest.fixture(scope="module")
+def held_out(build: BuildContext, documentation: Corpus) -> Tensor:
+    """3072 tokens of documents that calibration never draws from."""
+    documents = documentation.documents("test")
+    calibration = {document.name for document in documentation.documents("calibration")}
+    assert not calibration & {document.name for document in documents}
+    return draw_segments(
+        [len(document.text) for document in documents],
+        lambda i: build.tokenizer.encode(documents[i].text),
+        samples=6,
+        length=512,
+        seed=1,
+    )
+
+
+def perplexity(decoder: Decoder, token_ids_NL: Tensor) -> float:
+    total = 0.0
+    with torch.no_grad():
+        for ids_L in token_ids_NL:
+            logits_LV = decoder(ids_L[None])[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits_LV, ids_L[1:]))
+    return math.exp(total / len(token_ids_NL))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("grid", MODEL_GRIDS.values(), ids=MODEL_GRIDS)
+def test_model_below_rounding(build: BuildContext, held_out: Tensor, grid: dict[str, Any]) -> None:
+    technique = GPTQ(**SETTINGS, **grid)
+    reports = read_reports(technique.prepare(build))
+    assert len(reports) == 4 * build.config.num_layers
+    assert sum(r["error"] < r["rtn_error"] for r in reports) >= 0.98 * len(reports)
+    assert sum(r["error"] for r in reports) < 0.8 * sum(r["rtn_error"] for r in reports)
+
+    def rounded(source: LinearSource) -> FixedLinear:
+        weight_OI = source.dense()
+        if source.name != "lm_head":
+            weight_OI = round_to_nearest(weight_OI, technique.grid(), technique.group).dequantize()
+        return FixedLinear(weight_OI, source.bias_O)
+
+    packed = load_decoder(build.checkpoint, pack=technique.provide("weight_format", build).pack)
+    ours = perplexity(packed, held_out)
+    theirs = perplexity(load_decoder(build.checkpoint, pack=rounded), held_out)
+    exact = perplexity(load_decoder(build.checkpoint), held_out)
+    print(f"perplexity: model {exact:.2f}, GPTQ {ours:.2f}, rounding {theirs:.2f}")
+    assert exact < ours < theirs
+
+
+@pytest.mark.timeout(900)
+def test_model_saved_in_the_hugging_face_layout_is_the_same(build: BuildContext, tmp_path: Path) -> None:
+    technique = GPTQ(**SETTINGS, **MODEL_GRIDS["4 bits, symmetric, groups of 64"])
+    saved = open_checkpoint(technique.save(build, tmp_path / "model"))
+    prompt = "The quick brown fox — Größe, 你好 \n\tdef f(x):"
+    ids = build.tokenizer.encode(prompt)
+    assert saved.tokenizer().encode(prompt) == ids
+    logits = []
+    for checkpoint in (build.checkpoint, saved):
+        weights = technique.provide("weight_format", replace(build, checkpoint=checkpoint))
+        decoder = load_decoder(checkpoint, pack=weights.pack)
+        with torch.no_grad():
+            logits.append(decoder(torch.tensor([ids])))
+    assert torch.equal(*logits)
+
+
 # 3 --------------------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +192,32 @@ def test_identity_hessian_is_rounding_exactly(
     nearest = round_to_nearest(w_OI, grid, group_size)
     assert torch.equal(weight.codes_OI, nearest.codes_OI)
     assert torch.equal(weight.dequantize(), nearest.dequantize())
+
+
+# 4 --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 64), (33, 96), (192, 576), (576, 1536)], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, None])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_packed_output_equals_dequantised_product(
+    bits: int, shape: tuple[int, int], group_size: int | None, scattered: bool
+) -> None:
+    outputs, inputs = shape
+    random = torch.Generator().manual_seed(bits)
+    w_OI, bias_O = torch.randn(shape, generator=random) * 0.1, torch.randn(outputs, generator=random)
+    weight = round_to_nearest(w_OI, UniformGrid(bits), group_size)
+    if scattered:
+        perm_I = torch.randperm(inputs, generator=random)
+        weight = replace(weight, group_I=weight.group_I[perm_I], codes_OI=weight.codes_OI[:, perm_I])
+    layer = pack_weight(weight, bias_O)
+    assert torch.equal(layer.dequantize(), weight.dequantize())
+    for rows in range(17):
+        x_TI = torch.randn(rows, inputs, generator=random)
+        expected_TO = (x_TI.double() @ weight.dequantize().double().t() + bias_O).float()
+        scale = float(expected_TO.abs().max()) if rows else 1.0
+        assert torch.allclose(layer(x_TI), expected_TO, rtol=1e-4, atol=1e-4 * scale)
 
 
 # 6 --------------------------------------------------------------------------------------------------------------------

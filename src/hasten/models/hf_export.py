@@ -90,7 +90,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
             kinds = ("full_attention", "sliding_attention")
             data["layer_types"] = [kinds[slides] for slides in config.window_layers]
     if gemma:
-        data["query_pre_attn_scalar"] = round((config.attention_scale or config.shape.size**-0.5) ** -2, 6)
+        scalar = round((config.attention_scale or config.shape.size**-0.5) ** -2, 6)
+        data["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
         data["attn_logit_softcapping"] = config.attention_softcap
         data["final_logit_softcapping"] = config.logit_softcap
         if isinstance(config.local_rope, RopeSpec):
