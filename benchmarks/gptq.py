@@ -3,7 +3,7 @@
 For every case the default model is quantised from scratch; rounding on the same grid and the unquantised weights stand
 beside it. Per arm: held-out perplexity, its ratio to the unquantised model's, KL(reference || arm) in nats per token,
 bytes of weights read per token. For GPTQ also the wall time of the quantisation, and over all linears the share of the
-output energy that is lost on the calibration data, beside rounding's. The head is stored alike in every arm (``--head``).
+output energy that is lost on the calibration data, beside that of rounding. All arms store the head alike (``--head``).
 
 The reference is what the checkpoint dequantises to: the default GGUF is a 4-bit file, so ratios say what the *second*
 quantisation costs. Compare GPTQ with rounding within a row, not rows with the paper. Speed at decode is

@@ -22,6 +22,7 @@ from hasten.models.hf_export import (
     write_config,
     write_tokenizer,
 )
+from hasten.models.tokenizer_hf import tokenizer_from_folder
 
 LLAMA = DecoderConfig(
     family="llama",
