@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hasten.lm.request import SamplingParams, TokenLogprob
 
+_COLDEST = 1e-6
 _CANDIDATES = 256  # top-p looks at this many best tokens before it sorts the whole vocabulary
 
 
@@ -33,7 +34,8 @@ def sample(
     tokens = logits_RV.argmax(-1) if len(drawn) < len(params) else torch.empty(len(params), dtype=torch.int64)
     row_R = torch.tensor(drawn)
     chosen = [params[i] for i in drawn]
-    scaled_RV = logits_RV[row_R] / torch.tensor([p.temperature for p in chosen])[:, None]
+    # Below the least temperature the division would overflow; there, sampling is greedy but for ties already.
+    scaled_RV = logits_RV[row_R] / torch.tensor([max(p.temperature, _COLDEST) for p in chosen])[:, None]
     truncate(scaled_RV, chosen)
     stream_R = torch.cat([torch.randint(-(2**63), 2**63 - 1, (1,), generator=generators[i]) for i in drawn])
     tokens[row_R] = draw(scaled_RV, stream_R)
@@ -95,12 +97,11 @@ def _nucleus(logits_RV: Tensor, top_p_R1: Tensor) -> Tensor:
     """Keep the fewest most probable tokens whose mass reaches top-p (nucleus, arXiv 1904.09751, section 3.1)."""
     probs_RV = torch.softmax(logits_RV, -1)
     count = min(_CANDIDATES, logits_RV.shape[-1])
-    best = probs_RV.topk(count, dim=-1)
-    if count < logits_RV.shape[-1] and bool((best.values.double().sum(-1, keepdim=True) < top_p_R1).any()):
-        best = probs_RV.sort(dim=-1, descending=True, stable=True)
-    mass_RK = best.values.double()
+    best_RK, index_RK = probs_RV.topk(count, dim=-1)
+    if count < logits_RV.shape[-1] and bool((best_RK.double().sum(-1, keepdim=True) < top_p_R1).any()):
+        best_RK, index_RK = probs_RV.sort(dim=-1, descending=True, stable=True)
+    mass_RK = best_RK.double()
     before_RK = mass_RK.cumsum(-1) - mass_RK
-    index_RK = best.indices
     kept_RK = logits_RV.gather(1, index_RK).masked_fill_(before_RK >= top_p_R1, float("-inf"))
     return torch.full_like(logits_RV, float("-inf")).scatter_(1, index_RK, kept_RK)
 
