@@ -1,0 +1,42 @@
+"""Reference of the group-quantised linear kernel: unpack, dequantise, multiply.
+
+Legend: T rows, I inputs, O outputs, K stored columns, G groups, N blocks of 16 outputs, C chunks of 32 columns, B bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.affine import AffineWeight, dequantize
+
+
+def unpack_codes(words: Tensor, outputs: int, columns: int) -> Tensor:
+    """The codes uint8 [O, K] of packed words [N, C, B, 16], by the layout's definition."""
+    bits = words.shape[2]
+    word_OCB = words.permute(0, 3, 1, 2).flatten(0, 1).to(torch.int64) & 0xFFFFFFFF
+    per = 32 // bits
+    split = per * bits != 32
+    codes = []
+    for column in range(32):
+        half, within = divmod(column, 16)
+        if split and within == 15:
+            # Put together from the top two bits of each word: B / 2 whole pairs per half, and for odd widths one bit
+            # of the last word.
+            code = torch.zeros_like(word_OCB[..., 0])
+            for i in range(bits // 2):
+                code |= (word_OCB[..., half * (bits // 2) + i] >> 30) << (2 * i)
+            if bits % 2:
+                code |= ((word_OCB[..., bits - 1] >> (30 + half)) & 1) << (bits - 1)
+        else:
+            index = column - half if split else column
+            code = word_OCB[..., index // per] >> (index % per * bits) & ((1 << bits) - 1)
+        codes.append(code)
+    return torch.stack(codes, dim=-1).flatten(1)[:outputs, :columns].to(torch.uint8)
+
+
+def affine(x_TI: Tensor, weight: AffineWeight) -> Tensor:
+    """``x_TI @ W^T + bias``, float32 [T, O]."""
+    codes_OK = unpack_codes(weight.words, weight.outputs, weight.width)
+    y_TO = x_TI @ dequantize(weight, codes_OK).t()
+    return y_TO if weight.bias_P is None else y_TO + weight.bias_P[: weight.outputs]
