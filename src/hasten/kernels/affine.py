@@ -3,7 +3,7 @@
 Codes of 2, 3, 4, 5, 6 or 8 bits are packed densely (see native/src/kernels/affine_codes.h); activations stay float32
 and accumulation is float32, so the result is that of the dequantised weight up to rounding. A few rows multiply
 codes as they are cut out of their words, y = sum_g scale_g (sum code x) + low_g (sum x); more rows dequantise a
-block of 16 outputs and use the dense tile. Source of the factoring: GPTQ (arXiv 2210.17323), section 4, inference kernel.
+block of 16 outputs and use the dense tile. Source: GPTQ (arXiv 2210.17323), section 4, inference kernel.
 
 How scales and lows are stored is a `Numbers`: float16, float32, int8 times a float16 per several groups (k-quants), or,
 for lows, multiples of the scale: one for all (offset) or a uint8 per group (zero points).
