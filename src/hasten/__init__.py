@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from hasten.core.plan import Plan
     from hasten.lm.llm import LLM
     from hasten.lm.request import SamplingParams
+    from hasten.measure.comparison import compare
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Plan", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compare"]
 
 _LAZY = {
     "LLM": "hasten.lm.llm",
     "Plan": "hasten.core.plan",
     "SamplingParams": "hasten.lm.request",
+    "compare": "hasten.measure.comparison",
 }
 
 
