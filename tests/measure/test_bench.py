@@ -221,3 +221,51 @@ class TestCommands:
     def test_a_workload_given_as_a_path_in_the_child_is_the_registered_one(self, catalogued):
         assert type(workloads.get("hash")).__module__ == HashJob.__module__ == "measure_fakes"
         assert "measure_fakes" in sys.modules
+
+
+class TestPublishing:
+    """`benchmarks/publish.py`, which is not part of the package."""
+
+    @pytest.fixture
+    def script(self):
+        import importlib.util
+        from pathlib import Path
+
+        path = Path(__file__).parents[2] / "benchmarks" / "publish.py"
+        spec = importlib.util.spec_from_file_location("publish_script", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_table_shows_quality_beside_speed_and_skips_other_files(self, script, another, tmp_path):
+        publish([another(unpublishable=()), another(unpublishable=(), system="quick|er")], tmp_path)
+        (tmp_path / "kernels.json").write_text('{"arms": []}')
+        (tmp_path / "list.json").write_text("[1]")
+        assert script.main(["--table", "--results", str(tmp_path)]) == 0
+        text = (tmp_path / "README.md").read_text()
+        rows = [line for line in text.splitlines() if line.startswith("| quick")]
+        assert len(rows) == 2
+        assert all("badness 10 → 10.5 points (-5.00% worse)" in row for row in rows)
+        assert r"quick\|er" in rows[1]
+
+    def test_measures_publishes_and_goes_on_after_a_failure(
+        self, script, catalogued, monkeypatch, tmp_path, capsys
+    ):
+        from hasten.measure import comparison
+
+        monkeypatch.setenv("HASTEN_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(module, "source_state", lambda: ("abc", False))
+        monkeypatch.setattr(comparison, "_unpublishable", lambda *_: ())
+        monkeypatch.setattr(comparison.BusyMonitor, "sample", lambda self: Busyness(1, 0, 0))
+        results = tmp_path / "results"
+        assert script.main(["later", "quicker", "--results", str(results), "--pairs", "6"]) == 1
+        seen = capsys.readouterr()
+        assert "later is planned" in seen.err
+        assert "badness" in seen.out
+        assert sorted(p.name for p in results.iterdir()) == ["README.md", "quicker.json"]
+        assert script.measurable() == ["quicker"]
+
+    def test_refuses_changed_code_before_measuring(self, script, monkeypatch, tmp_path):
+        monkeypatch.setattr(module, "source_state", lambda: ("abc", True))
+        with pytest.raises(MeasureError, match="commit first"):
+            script.main(["quicker", "--results", str(tmp_path)])
