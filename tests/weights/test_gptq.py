@@ -22,9 +22,9 @@ from hasten.core.plan import Plan
 from hasten.models.checkpoint import load_decoder
 from hasten.models.decoder import LAYER_LINEARS
 from hasten.weights import gptq as module
-from hasten.weights.calibrate import SourceLinear, calibrate
+from hasten.weights.calibrate import calibrate
 from hasten.weights.calibrate_work import WorkFolder
-from hasten.weights.format import PackedLinear, WeightFormat
+from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
 from hasten.weights.gptq import GPTQ, GPTQMethod, read_reports
 from hasten.weights.gptq_sweep import quantize
 from hasten.weights.hessian import Hessian
@@ -298,20 +298,18 @@ def test_head_formats(tmp_path, config, head):
     assert torch.allclose(layer(x_TI), x_TI @ layer.dequantize().t(), rtol=1e-4, atol=1e-4)
 
 
-def test_int8_head_keeps_q8_0_weights_exactly(model):
+def test_int8_head_keeps_q8_0_weights_exactly():
     """A GGUF's Q8_0 rows are float16 scale times int8 with the largest at 127: the head's own grid."""
-    ctx = context(model)
-    source = ctx.checkpoint.linear("lm_head")
     scale_OG1 = (torch.rand(256, 2, 1) * 0.01 + 1e-3).half().float()
     codes_OGI = torch.randint(-127, 128, (256, 2, 32)).float()
     codes_OGI[..., 5] = 127
     exact_OI = (codes_OGI * scale_OG1).reshape(256, 64)
-    fixed = SourceLinear(source).source.__class__
-    assert fixed is type(source)
-    patched = type(
-        "Fixed", (), {"dense": lambda _self: exact_OI, "bias_O": None, "name": "lm_head", "blocks": None}
-    )()
-    layer = module.pack_head(patched, "int8")
+
+    class Fixed(LinearSource):
+        def dense(self) -> torch.Tensor:
+            return exact_OI
+
+    layer = module.pack_head(Fixed("lm_head", 256, 64, None, None), "int8")
     assert torch.equal(layer.dequantize(), exact_OI)
 
 

@@ -24,7 +24,8 @@ from hasten.models.checkpoint import load_decoder, open_checkpoint
 from hasten.models.gptq_layout import pack_words, unpack_words
 from hasten.weights.gptq import GPTQ
 from hasten.weights.gptq_files import stored_linear
-from hasten.weights.gptq_pack import JoinedLinear
+from hasten.weights.native import NativeFormat
+from hasten.weights.packed import StackedLinear
 
 QUICK = {"samples": 6, "sample_length": 24, "group_size": 32}
 IDS = torch.arange(40)[None] * 5 % 256
@@ -140,9 +141,12 @@ def test_reads_foreign_checkpoints(tmp_path, bits, scattered, fmt):
         expected_OI = torch.from_numpy(np.concatenate([values[f"model.layers.0.{part}"] for part in parts]))
         source = ctx.checkpoint.linear(f"layers.0.{leaf}")
         layer = weights.pack(source)
-        assert isinstance(layer, JoinedLinear) == (scattered and leaf == "gate_up_proj")
+        assert isinstance(layer, StackedLinear) == (scattered and leaf == "gate_up_proj")
         assert torch.equal(layer.dequantize(), expected_OI)
         assert torch.equal(source.dense(), expected_OI)  # so that float32 and bfloat16 plans run it too
+        assert torch.equal(
+            NativeFormat().pack(source).dequantize(), expected_OI
+        )  # dtype auto, without a technique
         x_TI = torch.randn(3, layer.inputs)
         assert torch.allclose(layer(x_TI), x_TI @ expected_OI.t(), rtol=1e-4, atol=1e-4)
 
@@ -234,7 +238,7 @@ class TestBadFolders:
 
     def pack(self, folder: Path, name: str = "layers.0.qkv_proj"):
         ctx = context(folder)
-        return stored_linear(ctx.checkpoint, ctx.checkpoint.linear(name))
+        return stored_linear(ctx.checkpoint.linear(name))
 
     @pytest.mark.parametrize(
         ("quantization", "error", "match"),

@@ -298,7 +298,7 @@ class GPTQFormat(WeightFormat):
     def pack(self, source: LinearSource) -> PackedLinear:
         """The packed linear. Raises `UnsupportedError` for shapes the packed kernels cannot hold."""
         if self.stored is not None:
-            found = stored_linear(self.context.checkpoint, source)
+            found = stored_linear(source)
             if found is not None:
                 return found
             if source.name != "lm_head":

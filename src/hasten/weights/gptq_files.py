@@ -18,15 +18,16 @@ from torch import Tensor
 
 from hasten import __version__
 from hasten.core.errors import SettingError, UnsupportedError
-from hasten.models.checkpoint import Checkpoint, LinearSource
+from hasten.models.checkpoint import Checkpoint, CheckpointLinear, LinearSource
 from hasten.models.decoder import LAYER_LINEARS
 from hasten.models.gptq_layout import GPTQTensors, StoredSettings, write_linear
 from hasten.models.hf import HFCheckpoint
 from hasten.models.hf_export import export_name, export_norm_offset, write_config, write_tokenizer
 from hasten.weights.format import PackedLinear
 from hasten.weights.gptq_grid import UniformGrid
-from hasten.weights.gptq_pack import JoinedLinear, pack_weight
+from hasten.weights.gptq_pack import pack_uniform
 from hasten.weights.gptq_sweep import QuantizedWeight
+from hasten.weights.packed import StackedLinear
 
 
 def stored_gptq(checkpoint: Checkpoint) -> StoredSettings | None:
@@ -34,12 +35,13 @@ def stored_gptq(checkpoint: Checkpoint) -> StoredSettings | None:
     return checkpoint.gptq if isinstance(checkpoint, HFCheckpoint) else None
 
 
-def stored_linear(checkpoint: Checkpoint, source: LinearSource) -> PackedLinear | None:
+def stored_linear(source: LinearSource) -> PackedLinear | None:
     """The packed layer of a linear that the model folder holds as GPTQ weights; None if it holds it otherwise.
 
     Raises `ModelFormatError` or `IntegrityError` for damaged tensors, `UnsupportedError` when only some of the
     linears that hasten fuses are packed.
     """
+    checkpoint = source.checkpoint if isinstance(source, CheckpointLinear) else None
     if not isinstance(checkpoint, HFCheckpoint) or checkpoint.gptq is None:
         return None
     names = checkpoint.parts(source.name)
@@ -55,10 +57,12 @@ def stored_linear(checkpoint: Checkpoint, source: LinearSource) -> PackedLinear 
         )
     weights = [_weight(part, checkpoint.gptq) for part in packed]
     if all(torch.equal(weight.group_I, weights[0].group_I) for weight in weights[1:]):
-        return pack_weight(_stack(weights), source.bias_O)
+        return pack_uniform(_stack(weights), source.bias_O)
     sizes = [weight.codes_OI.shape[0] for weight in weights]
     biases = [None] * len(sizes) if source.bias_O is None else list(source.bias_O.split(sizes))
-    return JoinedLinear([pack_weight(weight, bias_O) for weight, bias_O in zip(weights, biases, strict=True)])
+    return StackedLinear(
+        [pack_uniform(weight, bias_O) for weight, bias_O in zip(weights, biases, strict=True)]
+    )
 
 
 def _weight(part: GPTQTensors, settings: StoredSettings) -> QuantizedWeight:

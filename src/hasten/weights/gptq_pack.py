@@ -5,7 +5,7 @@ Legend: T rows, I inputs, O outputs, G groups, B bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,15 @@ def pack_weight(weight: QuantizedWeight, bias_O: Tensor | None) -> PackedLinear:
 
     Groups that are not runs of neighbouring columns (act_order without static groups) cost a gather of the inputs.
     """
-    if isinstance(weight.grid, TernaryGrid):
-        return TernaryLinear(weight, bias_O)
+    return (
+        TernaryLinear(weight, bias_O)
+        if isinstance(weight.grid, TernaryGrid)
+        else pack_uniform(weight, bias_O)
+    )
+
+
+def pack_uniform(weight: QuantizedWeight, bias_O: Tensor | None) -> AffineLinear:
+    """The packed layer of a weight on a uniform grid."""
     inputs, groups = weight.codes_OI.shape[1], weight.a_OG.shape[1]
     codes_OI, perm_I = weight.codes_OI, None
     if not weight.ordered:
@@ -137,25 +144,3 @@ class TernaryLinear(PackedLinear):
     def weight_bytes(self) -> int:
         """Bytes of codes and group values read per row of input."""
         return self.codes_OB.nbytes + self.max_OG.nbytes + self.min_OG.nbytes
-
-
-class JoinedLinear(PackedLinear):
-    """Packed layers that share an input, one under the other: parts of a fused linear whose formats differ."""
-
-    def __init__(self, parts: Sequence[PackedLinear]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.inputs = parts[0].inputs
-        self.outputs = sum(part.outputs for part in parts)
-
-    def forward(self, x_TI: Tensor) -> Tensor:
-        """The parts' outputs side by side, float32 [T, O]."""
-        return torch.cat([part(x_TI) for part in self.parts], dim=-1)
-
-    def dequantize(self) -> Tensor:
-        """The parts' weights, one under the other."""
-        return torch.cat([part.dequantize() for part in self.parts])
-
-    def weight_bytes(self) -> int:
-        """Sum over the parts."""
-        return sum(part.weight_bytes() for part in self.parts)
