@@ -140,12 +140,9 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    found: dict[str, str] = {}
-    if tokenizer.bos_id is not None:
-        found["bos_token"] = tokenizer.backend.id_to_token(tokenizer.bos_id)
-    if tokenizer.eos_ids:
-        found["eos_token"] = tokenizer.backend.id_to_token(tokenizer.eos_ids[0])
-    return found
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+    texts = {name: tokenizer.backend.id_to_token(i) for name, i in ids.items() if i is not None}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

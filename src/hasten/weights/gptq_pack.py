@@ -114,6 +114,12 @@ class TernaryLinear(PackedLinear):
 
     _SLICE = 1024  # output rows decoded at once
 
+    codes_OB: Tensor
+    max_OG: Tensor
+    min_OG: Tensor
+    group_I: Tensor
+    bias_O: Tensor | None
+
     def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None) -> None:
         super().__init__()
         self.outputs, self.inputs = weight.codes_OI.shape
