@@ -18,7 +18,7 @@ OPTIONS = ["prompt_tokens=[16]", "tokens=4", "quality_texts=1", "quality_context
 def test_compare_command_on_the_default_model(default_model_path, documentation, tmp_path):
     out, store = tmp_path / "out.json", tmp_path / "results.sqlite"
     command = [sys.executable, "-m", "hasten.cli.main", "compare", "decode", "--dtype", "float32"]
-    command += ["--against", "bfloat16", "--pairs", "6", "--allow-busy"]
+    command += ["--against", "bfloat16", "--pairs", "6", "--threads", "1", "--allow-busy"]
     command += ["--json", str(out), "--store", str(store)]
     for option in OPTIONS:
         command += ["--option", option]
