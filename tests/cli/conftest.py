@@ -13,13 +13,13 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "lm")]
 
-from lm_tiny import write_checkpoint
-
 PROGRAM = [sys.executable, "-m", "hasten.cli.main"]
 
 
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lm_tiny import write_checkpoint
+
     return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 

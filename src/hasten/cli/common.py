@@ -53,8 +53,8 @@ def make_plan(model: str | None, use: list[str] | None, plan: Path | None, dtype
     kept = tuple(t for t in base.techniques if t.slug not in {e.slug for e in extra})
     return replace(
         base,
-        model=model or base.model,
-        dtype=dtype or base.dtype,
+        model=base.model if model is None else model,
+        dtype=base.dtype if dtype is None else dtype,
         techniques=kept + extra,
     ).check()
 

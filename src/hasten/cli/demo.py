@@ -45,9 +45,16 @@ def demo(
     """
     from rich.console import Console
 
+    from hasten.catalog.loader import technique
+    from hasten.core.errors import MeasureError
+    from hasten.core.plan import parse_use
     from hasten.measure.report import render
     from hasten.measure.store import ResultStore, write_text
 
+    if output.is_dir():
+        raise MeasureError(f"{output} is a folder; --output takes the file to write")
+    for use, *_ in SHOWN:
+        parse_use(use, technique)  # whatever cannot run is refused now, not after minutes
     console = Console(stderr=as_json)
     talk(model, console)
     store = ResultStore()
@@ -60,8 +67,10 @@ def demo(
         common.print_json([comparison.to_dict() for comparison in measured])
     else:
         console.print(table(measured))
+    for reason in dict.fromkeys(reason for c in measured for reason in c.unpublishable):
+        console.print(f"not to be published: {reason}", style="dim", markup=False, highlight=False)
     write_text(output, render(measured))
-    console.print(f"Report: {output.resolve()}")
+    console.out(f"Report: {output.resolve()}", highlight=False)
 
 
 def talk(model: str | None, console: Any) -> None:
@@ -74,7 +83,7 @@ def talk(model: str | None, console: Any) -> None:
         began = time.perf_counter()
         stream = llm.chat([{"role": "user", "content": QUESTION}], params, stream=True)
         for delta in stream:
-            console.print(delta.text, end="", markup=False, highlight=False)
+            console.out(delta.text, end="", highlight=False)
         done = stream.completion()
         first, total = done.timing.first_token, time.perf_counter() - began
         rate = (len(done.token_ids) - 1) / max(total - first, 1e-9)
@@ -96,6 +105,7 @@ def measure(use: str, workload: str, options: dict[str, Any], model: str | None,
 
 def table(measured: list[Comparison]) -> Any:
     """Ratio, interval, quality and memory of each comparison."""
+    from rich.markup import escape
     from rich.table import Table
 
     out = Table(title="Measured on this machine, interleaved, quality beside speed")
@@ -104,11 +114,11 @@ def table(measured: list[Comparison]) -> Any:
     for c in measured:
         out.add_row(
             c.workload,
-            c.label("candidate"),
-            f"{c.label('baseline')} ({c.plans['baseline']['dtype']})",
+            escape(c.label("candidate")),
+            escape(f"{c.label('baseline')} ({c.plans['baseline']['dtype']})"),
             f"[bold]{c.speedup.median:.2f}x[/bold]",
             f"{c.speedup.low:.2f} to {c.speedup.high:.2f}",
-            c.quality.text(),
+            escape(c.quality.text()),
             f"{c.memory.baseline_mb:.0f} → {c.memory.candidate_mb:.0f}",
         )
     return out

@@ -176,7 +176,7 @@ class Plan:
     ) -> Plan:
         """Build and check a plan from slugs and technique objects; ``"slug:key=value,..."`` sets fields."""
         techniques = tuple(t if isinstance(t, Technique) else parse_use(t, resolve) for t in use)
-        return cls(model or cls.model, techniques, dtype, dict(engine or {})).check()
+        return cls(cls.model if model is None else model, techniques, dtype, dict(engine or {})).check()
 
 
 def parse_use(text: str, resolve: Resolver | None) -> Technique:

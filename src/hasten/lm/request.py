@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from hasten.core.errors import RequestError
 
-
 _LARGEST = 1e9  # logits are float32: beyond this, sums and products of settings are infinity or NaN
 
 
