@@ -138,12 +138,15 @@ void run_task(const Work& w, const Call& c, const Task& task) {
   for (int t = low; t < high; t += kTile) {
     const int count = std::min(kTile, high - t);
     const int ahead = std::min(kTile, std::max(0, high - t - kTile));
-    if (ahead > 0) locate(w, c, task, t + kTile, t + kTile + ahead, tiles[1 - now]);
+    if (ahead > 0) {
+      locate(w, c, task, t + kTile, t + kTile + ahead, tiles[1 - now]);
+      tiles[1 - now].fill(ahead);
+    }
     for (int e = task.begin; e < task.end; ++e) {
       const Span s{std::max(0, w.first[e] - t), std::min(count, w.limit[e] - t)};
       std::fill_n(scratch.span.begin() + (e - task.begin) * repeat, repeat, s);
     }
-    scratch.add(tiles[now], count, c.size, logits.cap, &tiles[1 - now], ahead);
+    scratch.add(tiles[now], count, c.size, logits.cap, ahead > 0 ? &tiles[1 - now] : nullptr);
     now = 1 - now;
   }
   for (int e = task.begin; e < task.end; ++e)

@@ -86,6 +86,12 @@ template <typename KV>
 struct Tokens {
   const KV* k[kTile];
   const KV* v[kTile];
+
+  // Repeats the last of `count` tokens, so that every address may be prefetched.
+  void fill(int count) {
+    std::fill(k + count, k + kTile, k[count - 1]);
+    std::fill(v + count, v + kTile, v[count - 1]);
+  }
 };
 
 struct Span {  // tokens of a tile that a row sees: [low, high)
@@ -114,28 +120,31 @@ inline void prefetch_token(const KV* p, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
-// score[i][t] = q_i . k_t for Q query vectors (rows of `stride` floats) and tokens [low, high). While it works, the
-// keys and values of the next tile (of `ahead` tokens) are asked for.
-template <int Q, typename KV>
+// Vectors of a key or value in one cache line; the next tile is asked for line by line as this one is used, which keeps
+// the memory busy all the time (asked for in bursts, it waits while the arithmetic runs, and the other way round).
+template <typename KV>
+constexpr int kLine = std::max(1, 64 / (vf::width * static_cast<int>(sizeof(KV))));
+
+// score[i][t] = q_i . k_t for Q query vectors (rows of `stride` floats) and tokens [low, high).
+template <int Q, bool Ahead, typename KV>
 void few_scores(const float* q, int stride, const Tokens<KV>& tile, int low, int high, int nv, float* score,
-                const Tokens<KV>* next, int ahead) {
+                const Tokens<KV>& next) {
   constexpr int W = vf::width;
   constexpr int T = Q == 1 ? 8 : 4;
-  const int bytes = nv * W * static_cast<int>(sizeof(KV));
   int t = low;
   for (; t + T <= high; t += T) {
-    if (next != nullptr) {
-      for (int u = t; u < t + T && u < ahead; ++u) {
-        prefetch_token(next->k[u], bytes);
-        prefetch_token(next->v[u], bytes);
-      }
-    }
     vf acc[Q][T];
 #pragma GCC unroll 8
     for (int i = 0; i < Q; ++i)
 #pragma GCC unroll 8
       for (int u = 0; u < T; ++u) acc[i][u] = vf::zero();
     for (int c = 0; c < nv; ++c) {
+      if constexpr (Ahead) {
+        if (c % kLine<KV> == 0) {
+#pragma GCC unroll 8
+          for (int u = 0; u < T; ++u) __builtin_prefetch(next.k[t + u] + c * W);
+        }
+      }
       vf x[Q];
 #pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) x[i] = vf::load(q + i * stride + c * W);
@@ -164,8 +173,9 @@ void few_scores(const float* q, int stride, const Tokens<KV>& tile, int low, int
 }
 
 // o_i += sum over tokens [low, high) of p_it * v_t, for Q query vectors and V vectors of the head starting at column c.
-template <int Q, int V, typename KV>
-inline void few_values(const float* p, const Tokens<KV>& tile, int low, int high, float* o, int stride, int c) {
+template <int Q, int V, bool Ahead, typename KV>
+inline void few_values(const float* p, const Tokens<KV>& tile, int low, int high, float* o, int stride, int c,
+                       const Tokens<KV>& next) {
   constexpr int W = vf::width;
   vf acc[Q][V];
 #pragma GCC unroll 8
@@ -174,6 +184,10 @@ inline void few_values(const float* p, const Tokens<KV>& tile, int low, int high
     for (int j = 0; j < V; ++j) acc[i][j] = vf::load(o + i * stride + (c + j) * W);
   for (int t = low; t < high; ++t) {
     const KV* v = tile.v[t] + c * W;
+    if constexpr (Ahead) {
+#pragma GCC unroll 8
+      for (int j = 0; j < V; j += kLine<KV>) __builtin_prefetch(next.v[t] + (c + j) * W);
+    }
     vf x[Q];  // weights, not values, stay in registers: 3 x 4 accumulators, 3 weights and 1 value fill all 16
 #pragma GCC unroll 8
     for (int i = 0; i < Q; ++i) x[i] = vf::set(p[i * kTile + t]);
@@ -190,15 +204,16 @@ inline void few_values(const float* p, const Tokens<KV>& tile, int low, int high
     for (int j = 0; j < V; ++j) acc[i][j].store(o + i * stride + (c + j) * W);
 }
 
-template <int Q, typename KV>
-void few_values_all(const float* p, const Tokens<KV>& tile, int low, int high, float* o, int stride, int nv) {
+template <int Q, bool Ahead, typename KV>
+void few_values_all(const float* p, const Tokens<KV>& tile, int low, int high, float* o, int stride, int nv,
+                    const Tokens<KV>& next) {
   constexpr int V = Q == 1 ? 8 : 4;
   int c = 0;
-  for (; c + V <= nv; c += V) few_values<Q, V>(p, tile, low, high, o, stride, c);
+  for (; c + V <= nv; c += V) few_values<Q, V, Ahead>(p, tile, low, high, o, stride, c, next);
   if constexpr (V > 4)
-    for (; c + 4 <= nv; c += 4) few_values<Q, 4>(p, tile, low, high, o, stride, c);
-  for (; c + 2 <= nv; c += 2) few_values<Q, 2>(p, tile, low, high, o, stride, c);
-  for (; c < nv; ++c) few_values<Q, 1>(p, tile, low, high, o, stride, c);
+    for (; c + 4 <= nv; c += 4) few_values<Q, 4, Ahead>(p, tile, low, high, o, stride, c, next);
+  for (; c + 2 <= nv; c += 2) few_values<Q, 2, Ahead>(p, tile, low, high, o, stride, c, next);
+  for (; c < nv; ++c) few_values<Q, 1, Ahead>(p, tile, low, high, o, stride, c, next);
 }
 
 // Turns scores of tokens [low, high) of a tile into weights, updates the row's m and l, and returns the factor for what
@@ -275,9 +290,8 @@ struct State {
   }
 };
 
-template <int Q, typename KV>
-void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>* next,
-              int ahead) {
+template <int Q, bool Ahead, typename KV>
+void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>& next) {
   alignas(64) float score[Q * kTile];
   int low = kTile, high = 0;
   for (int i = 0; i < Q; ++i) {
@@ -288,26 +302,27 @@ void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, floa
   if (low >= high) return;
   const int nv = st.stride / vf::width;
   float* o = st.o.data() + static_cast<std::size_t>(row) * st.stride;
-  few_scores<Q>(st.q.data() + static_cast<std::size_t>(row) * st.stride, st.stride, tile, low, high, nv, score, next,
-                ahead);
+  const float* q = st.q.data() + static_cast<std::size_t>(row) * st.stride;
+  few_scores<Q, Ahead>(q, st.stride, tile, low, high, nv, score, next);
   for (int i = 0; i < Q; ++i) {
     const float factor = softmax_row(score + i * kTile, low, high, span[row + i], cap, st.m[row + i], st.l[row + i]);
     if (factor != 1.0f) scale_row(o + i * st.stride, st.stride, factor);
   }
-  few_values_all<Q>(score, tile, low, high, o, st.stride, nv);
+  few_values_all<Q, Ahead>(score, tile, low, high, o, st.stride, nv, next);
 }
 
-// One tile for all rows of the state, keys and values where they lie (the head size is a multiple of vf::width).
+// One tile for all rows of the state, keys and values where they lie (the head size is a multiple of vf::width). The
+// first rows ask for the tile `next` (null: there is none; all its kTile addresses must be set).
 template <typename KV>
-void few_tile(State& st, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>* next, int ahead) {
-  int row = 0;
-  while (row < st.count) {
-    const int left = st.count - row;
-    const Tokens<KV>* once = row == 0 ? next : nullptr;
-    if (left == 1) few_rows<1>(st, row, tile, span, cap, once, ahead), row += 1;
-    else if (left == 2 || left == 4) few_rows<2>(st, row, tile, span, cap, once, ahead), row += 2;
-    else few_rows<3>(st, row, tile, span, cap, once, ahead), row += 3;
-  }
+void few_tile(State& st, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>* next) {
+  auto rows = [&]<bool Ahead>(int row, int left) {
+    const Tokens<KV>& after = Ahead ? *next : tile;
+    if (left == 1) return few_rows<1, Ahead>(st, row, tile, span, cap, after), 1;
+    if (left == 2 || left == 4) return few_rows<2, Ahead>(st, row, tile, span, cap, after), 2;
+    return few_rows<3, Ahead>(st, row, tile, span, cap, after), 3;
+  };
+  int row = next == nullptr ? 0 : rows.template operator()<true>(0, st.count);
+  while (row < st.count) row += rows.template operator()<false>(row, st.count - row);
 }
 
 // Scratch of one tile for the many-row path: keys transposed in strips [strip][d][kStrip], values [token][stride].
@@ -504,15 +519,15 @@ struct Scratch {
   }
 
   template <typename KV>
-  void add(const Tokens<KV>& tile, int count, int size, float cap, const Tokens<KV>* next, int ahead) {
+  void add(const Tokens<KV>& tile, int count, int size, float cap, const Tokens<KV>* next) {
     if (!few) {
       packed.pack(tile, count, size, state.stride);
       many_tile(state, query.data(), packed, size, span.data(), cap);
     } else if (size % vf::width == 0) {
-      few_tile(state, tile, span.data(), cap, next, ahead);
+      few_tile(state, tile, span.data(), cap, next);
     } else {
       padded.copy(tile, count, size, state.stride);
-      few_tile<float>(state, padded.tokens, span.data(), cap, nullptr, 0);
+      few_tile<float>(state, padded.tokens, span.data(), cap, nullptr);
     }
   }
 };
