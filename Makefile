@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/hasten demo
 
 test: demo
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks docs

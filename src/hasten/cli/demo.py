@@ -21,7 +21,7 @@ SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("adamas", "long-decode", {"context": 6144, "tokens": 48, "quality_tokens": 48, "reference": False}),
     ("gptq:samples=16", "decode", {"reference": False}),
 )
-PAIRS = 5
+PAIRS = 6
 
 
 def demo(
@@ -29,7 +29,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the report goes.")] = Path(
         "report.html"
     ),
-    pairs: Annotated[int, typer.Option("--pairs", min=3, help="Timed pairs of each comparison.")] = PAIRS,
+    pairs: Annotated[int, typer.Option("--pairs", min=6, help="Timed pairs of each comparison.")] = PAIRS,
     as_json: common.AsJson = False,
 ) -> None:
     """Answer a question, then measure three techniques on their jobs.
