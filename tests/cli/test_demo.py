@@ -82,9 +82,9 @@ def test_what_it_shows_exists():
 
 def test_the_flow(measured, built, tiny_path, tmp_path, hasten_home):
     page = tmp_path / "out" / "demo.html"
-    result = hasten("demo", "--model", tiny_path, "--output", page, "--pairs", "3")
+    result = hasten("demo", "--model", tiny_path, "--output", page, "--pairs", "6")
     assert result.exit_code == 0
-    assert measured == [(use, workload, 3) for use, workload, _ in demo_command.SHOWN]
+    assert measured == [(use, workload, 6) for use, workload, _ in demo_command.SHOWN]
     out = result.stdout
     assert out.startswith(demo_command.QUESTION)
     assert "tokens/s" in out
