@@ -1,7 +1,7 @@
 """Acceptance of `hydragen` (checks 1, 2, 3 and 6 of its specification).
 
-4 and 5 are speed claims: `python -m benchmarks.hydragen` and `hasten bench hydragen`. The laws of the merge operator (2)
-are property-tested in tests/kernels/test_merge.py; here they are checked on parts that attention itself made.
+4 and 5 are speed claims: `python -m benchmarks.hydragen` and `hasten bench hydragen`. The merge operator's laws (2)
+are tested by property in tests/kernels/test_merge.py; here they are checked on parts that attention itself made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from attention_steps import make_layout, naive_attention, random_pages, random_q
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logprobs=5)
 PAGE = 4
-ENGINE = {"page_size": PAGE, "max_batch": 16, "max_step_tokens": 64, "threads": 2}
+ENGINE = {"page_size": PAGE, "max_batch": 16, "max_step_tokens": 64, "threads": 1}
 SMALL = Hydragen(min_prefix=PAGE)
 
 
@@ -115,7 +115,7 @@ def tree_prompts(seed: int = 0) -> tuple[list[int], list[list[int]]]:
 def answers(
     llm: LLM, prefix: list[int], prompts: list[list[int]]
 ) -> list[tuple[tuple[int, ...], np.ndarray]]:
-    """(tokens, log-probabilities of the five best at each); the prefix is computed first: the prompts find its pages."""
+    """(tokens, log-probabilities of the five best at each). The prefix is computed before the prompts come."""
     llm.generate([prefix], SamplingParams(max_tokens=1, temperature=0))
     out = llm.generate(prompts, GREEDY)
     return [(c.token_ids, np.array([sorted(t.top.values()) for t in c.samples[0].logprobs])) for c in out]
@@ -280,7 +280,7 @@ def test_real_model_answers_alike(default_model_path: Path) -> None:
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
     texts = []
     for use in ([], [Hydragen()]):
-        with LLM(default_model_path, use=use, dtype="float32", max_batch=8, kv_tokens=4096) as llm:
+        with LLM(default_model_path, use=use, dtype="float32", max_batch=8, kv_tokens=4096, threads=1) as llm:
             llm.generate([document], SamplingParams(max_tokens=1, temperature=0))
             texts.append([c.token_ids for c in llm.generate(questions, params)])
     assert texts[0] == texts[1]

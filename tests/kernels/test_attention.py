@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -24,6 +25,15 @@ SHAPES = st.tuples(
 )
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SOFTCAPS = st.sampled_from([None, None, 5.0, 50.0])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small work on one thread, so that it does not wait for a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def int32(values: list[int]) -> Tensor:
@@ -178,6 +188,24 @@ def test_same_bits_with_one_and_two_threads(module: ModuleType) -> None:
         torch.set_num_threads(threads)
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("module", LEVELS)
+@pytest.mark.parametrize("choices", [2, 6])
+def test_tokens_split_over_threads(module: ModuleType, choices: int) -> None:
+    """One row with many tokens on two threads: its parts are merged inside the kernel."""
+    k, v = pool_of(5, 40, 2, 16, 64, torch.bfloat16)
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(1, 6, 64, generator=generator)
+    table = torch.randperm(40, generator=generator)[None].int()
+    index = torch.stack([torch.randperm(640, generator=generator)[:500] for _ in range(choices)])[None].int()
+    count = torch.tensor([500, 431, 0, 64, 1, 499][:choices], dtype=torch.int32)[None]
+    try:
+        torch.set_num_threads(2)
+        got = attend_tokens(q, k, v, table, index, count, 0.125, module=module)
+    finally:
+        torch.set_num_threads(1)
+    assert_close(got, reference.attend_tokens(q.double(), k, v, table, index, count, 0.125))
 
 
 def small() -> dict[str, object]:
