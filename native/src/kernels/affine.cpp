@@ -86,8 +86,11 @@ Weights weights_of(int bits) {
   }
 }
 
+// Columns dequantised at a time: 16 KiB, so that they are still in L1 when they are multiplied.
+constexpr int kDepth = 256;
+static_assert(kDepth % kChunk == 0);
+
 void many(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
-  static_assert(dense::kDepth % kChunk == 0);
   if (a.column != nullptr) {
     float* ordered = scratch<0>(static_cast<std::size_t>(rows) * a.width);
     for (int r = 0; r < rows; ++r) gather(a, x + r * ldx, ordered + static_cast<std::size_t>(r) * a.width);
@@ -96,14 +99,14 @@ void many(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* 
   const Weights fill = weights_of(a.bits);
   const std::size_t side = static_cast<std::size_t>(a.groups) * kBlock;
   const auto panel = [&](int block, int start, int count) -> const float* {
-    float* scale = scratch<1>(2 * side + dense::kDepth * kBlock);
+    float* scale = scratch<1>(2 * side + kDepth * kBlock);
     if (start == 0) a.expand(block, scale, scale + side);
     float* to = scale + 2 * side;
     fill(a, block, start / kChunk, (count + kChunk - 1) / kChunk, scale, scale + side, to);
     return to;
   };
   const bool parallel = worth_threads(rows, a.inputs, a.outputs);
-  dense::product(x, ldx, rows, a.width, a.outputs, a.bias, y, ldy, parallel, panel);
+  dense::product<kDepth>(x, ldx, rows, a.width, a.outputs, a.bias, y, ldy, parallel, panel);
 }
 
 }  // namespace

@@ -141,7 +141,7 @@ struct Affine final : Packed {
 };
 
 // Few rows: codes are multiplied as they are cut out of their words.
-constexpr int kDirect = 6;
+constexpr int kDirect = 12;
 void direct(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy);
 // Copies a row of inputs into stored order; what `column` leaves out becomes 0.
 void gather(const Affine& a, const float* from, float* to);

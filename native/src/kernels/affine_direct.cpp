@@ -105,11 +105,22 @@ void block_rows(const Affine& a, const std::uint32_t* words, const Rows& rows, c
   }
 }
 
-template <int B, int R>
-void run(const Affine& a, const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy) {
-  const Rows rows = prepare<B>(a, x, ldx, R);
-  const bool parallel = worth_threads(R, a.inputs, a.outputs);
-  const int blocks = a.blocks();
+constexpr int kTall = 4;  // rows at once: more would not leave registers for the weights
+
+template <int B, int... R>
+constexpr auto height_table(std::integer_sequence<int, R...>) {
+  using Function = void (*)(const Affine&, const std::uint32_t*, const Rows&, const float*, const float*, const float*,
+                            float*, std::ptrdiff_t);
+  struct Table { Function at[sizeof...(R)]; };
+  return Table{{&block_rows<B, R + 1>...}};
+}
+
+template <int B>
+void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
+  static constexpr auto table = height_table<B>(std::make_integer_sequence<int, kTall>());
+  const Rows all = prepare<B>(a, x, ldx, rows);
+  const bool parallel = worth_threads(rows, a.inputs, a.outputs);
+  const int blocks = a.blocks(), passes = (rows + kTall - 1) / kTall;
   const std::size_t side = static_cast<std::size_t>(a.groups) * kBlock;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int b = 0; b < blocks; ++b) {
@@ -117,42 +128,31 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, float* y, std::ptr
     a.expand(b, scale, scale + side);
     const float* bias = a.bias != nullptr ? a.bias + b * kBlock : dense::zeros();
     const int valid = std::min(kBlock, a.outputs - b * kBlock);
-    float edge[R * kBlock];
+    float edge[kTall * kBlock];
     const bool whole = valid == kBlock;
-    float* out = y + b * kBlock;
-    block_rows<B, R>(a, a.block_words(b), rows, scale, scale + side, bias, whole ? out : edge, whole ? ldy : kBlock);
-    if (!whole)
-      for (int r = 0; r < R; ++r) std::memcpy(out + r * ldy, edge + r * kBlock, valid * sizeof(float));
+    for (int pass = 0, r = 0; pass < passes; ++pass) {
+      const int count = (rows - r + passes - pass - 1) / (passes - pass);
+      float* out = y + r * ldy + b * kBlock;
+      table.at[count - 1](a, a.block_words(b), {all.x + r * all.ldx, all.sum + r * all.ldsum, all.ldx, all.ldsum},
+                          scale, scale + side, bias, whole ? out : edge, whole ? ldy : kBlock);
+      if (!whole)
+        for (int i = 0; i < count; ++i) std::memcpy(out + i * ldy, edge + i * kBlock, valid * sizeof(float));
+      r += count;
+    }
   }
-}
-
-using Run = void (*)(const Affine&, const float*, std::ptrdiff_t, float*, std::ptrdiff_t);
-
-template <int B, int... R>
-constexpr auto run_table(std::integer_sequence<int, R...>) {
-  struct Table { Run at[sizeof...(R)]; };
-  return Table{{&run<B, R + 1>...}};
-}
-
-template <int B>
-Run run_of(int rows) {
-  static constexpr auto table = run_table<B>(std::make_integer_sequence<int, kDirect>());
-  return table.at[rows - 1];
 }
 
 }  // namespace
 
 void direct(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
-  Run run = nullptr;
   switch (a.bits) {
-    case 2: run = run_of<2>(rows); break;
-    case 3: run = run_of<3>(rows); break;
-    case 4: run = run_of<4>(rows); break;
-    case 5: run = run_of<5>(rows); break;
-    case 6: run = run_of<6>(rows); break;
-    default: run = run_of<8>(rows); break;
+    case 2: return run<2>(a, x, ldx, rows, y, ldy);
+    case 3: return run<3>(a, x, ldx, rows, y, ldy);
+    case 4: return run<4>(a, x, ldx, rows, y, ldy);
+    case 5: return run<5>(a, x, ldx, rows, y, ldy);
+    case 6: return run<6>(a, x, ldx, rows, y, ldy);
+    default: return run<8>(a, x, ldx, rows, y, ldy);
   }
-  run(a, x, ldx, y, ldy);
 }
 
 }  // namespace hasten::affine

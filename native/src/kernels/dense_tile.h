@@ -88,9 +88,9 @@ inline const float* zeros() {
 }
 
 // The product of all rows with all blocks of a layer of `outputs` outputs, in tasks of up to kRows rows x one block.
-// panel(block, start, count) gives the weights [count][16] of inputs [start, start + count) of a block.
+// panel(block, start, count) gives the weights [count][16] of inputs [start, start + count) of a block, count <= Depth.
 // bias: padded to whole blocks, or null.
-template <typename Panel>
+template <int Depth = kDepth, typename Panel>
 void product(const float* x, std::ptrdiff_t ldx, int rows, int inputs, int outputs, const float* bias, float* y,
              std::ptrdiff_t ldy, bool parallel, Panel panel) {
   const int blocks = (outputs + kBlock - 1) / kBlock;
@@ -105,8 +105,8 @@ void product(const float* x, std::ptrdiff_t ldx, int rows, int inputs, int outpu
     const bool whole = valid == kBlock;
     float* to = whole ? out : edge;
     const std::ptrdiff_t ldto = whole ? ldout : kBlock;
-    for (int k = 0; k == 0 || k < inputs; k += kDepth) {
-      const int depth = std::min(kDepth, inputs - k);
+    for (int k = 0; k == 0 || k < inputs; k += Depth) {
+      const int depth = std::min(Depth, inputs - k);
       const float* init = k > 0 ? to : bias != nullptr ? bias + b * kBlock : zeros();
       block(x + first * ldx + k, ldx, count, panel(b, k, depth), depth, init, k > 0 ? ldto : 0, to, ldto);
     }

@@ -36,7 +36,7 @@ def unpack_codes(words: Tensor, outputs: int, columns: int) -> Tensor:
 
 
 def affine(x_TI: Tensor, weight: AffineWeight) -> Tensor:
-    """``x_TI @ W^T + bias``, float32 [T, O]."""
+    """``x_TI @ W^T + bias`` [T, O] in the dtype of ``x_TI`` (float64 leaves no rounding but the weight's)."""
     codes_OK = unpack_codes(weight.words, weight.outputs, weight.width)
-    y_TO = x_TI @ dequantize(weight, codes_OK).t()
+    y_TO = x_TI @ dequantize(weight, codes_OK).to(x_TI.dtype).t()
     return y_TO if weight.bias_P is None else y_TO + weight.bias_P[: weight.outputs]
