@@ -3,7 +3,7 @@
 //
 // The index arrays are checked and copied once per step into a work object; a layer's call passes it with plain addresses
 // of its tensors (converting a dozen tensors per layer would cost more than a short decode step's attention).
-#include "attend.h"
+#include "attend_many.h"
 
 #include <map>
 #include <memory>

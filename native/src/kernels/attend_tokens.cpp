@@ -6,7 +6,7 @@
 
 #include <atomic>
 
-#include "attend.h"
+#include "attend_many.h"
 
 namespace hasten {
 namespace {
