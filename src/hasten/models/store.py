@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -199,8 +200,15 @@ def _complete_marker(folder: Path) -> Path:
     return folder / ".hasten-complete"
 
 
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Connection errors of the HTTP library that the installed hub client uses: it has changed libraries twice."""
+    known = {"httpx": "HTTPError", "httpx2": "HTTPError", "requests": "RequestException"}
+    return tuple(
+        getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules
+    )
+
+
 def _pull_hub(name: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -222,7 +230,13 @@ def _pull_hub(name: str) -> Path:
         raise UnknownNameError(
             "model", name, known_models(), "the hub has no such public model; check the id or log in"
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        *_transport_errors(),
+        OSError,
+    ) as error:
         raise FetchError(
             f"{name}: no local path of that name, and it could not be downloaded from the Hugging Face hub "
             f"({type(error).__name__}: {_first_line(error)}). Without a network, give a local folder or "
