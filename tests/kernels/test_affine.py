@@ -86,6 +86,8 @@ def make(
 def close(y: torch.Tensor, x: torch.Tensor, weight: AffineWeight) -> None:
     """Within float32 rounding of the magnitudes that the factored sum adds up: codes and lows apart."""
     expected = reference.affine(x.double(), weight)
+    if weight.activations == "int8":
+        x = reference.round_activations(x, weight)
     group_K = torch.arange(weight.width) // weight.group_size
     codes = unpack_codes(weight.words, weight.outputs, weight.width).float()
     scale = expand(weight.scale, weight.outputs, weight.nest)
@@ -166,6 +168,61 @@ def test_enough_work_for_threads(level: str) -> None:
         close(layer(x), x, weight)
 
 
+@LEVELS
+@settings(max_examples=60, deadline=None)
+@given(
+    outputs=st.integers(1, 40),
+    inputs=st.one_of(st.integers(1, 200), st.integers(500, 600)),
+    rows=st.one_of(st.integers(0, 20), st.just(140)),
+    bits=st.sampled_from((4, 8)),
+    size=st.sampled_from((32, 64, 192, 1024)),
+    scale=st.sampled_from(SCALES),
+    low=st.sampled_from(LOWS),
+    bias=st.booleans(),
+    perm=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_int8_activations_match_reference(
+    level: str,
+    outputs: int,
+    inputs: int,
+    rows: int,
+    bits: int,
+    size: int,
+    scale: int,
+    low: int,
+    bias: bool,
+    perm: bool,
+    seed: int,
+) -> None:
+    weight = make(outputs, inputs, bits, size, scale, low, seed, bias, perm)
+    weight = replace(weight, activations="int8")
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=random) * torch.randn(rows, 1, generator=random).exp()
+    close(affine(weight, module=_module(level))(x), x, weight)
+
+
+@LEVELS
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_sums_do_not_overflow(level: str, bits: int) -> None:
+    for code in (0, (1 << bits) - 1):
+        weight = make(20, 64, bits, 32, low=OFFSET)
+        codes = torch.full((20, 64), code, dtype=torch.uint8)
+        weight = replace(weight, words=pack_codes(codes, bits), activations="int8")
+        for sign in (1.0, -1.0):
+            x = torch.full((5, 64), sign)
+            close(affine(weight, module=_module(level))(x), x, weight)
+        x = torch.zeros(1, 64)
+        close(affine(weight, module=_module(level))(x), x, weight)
+
+
+def test_int8_activations_lose_little() -> None:
+    weight, x = make(64, 576, 4, 32, low=OFFSET), torch.randn(3, 576)
+    exact = affine(weight)(x)
+    error = (affine(replace(weight, activations="int8"))(x) - exact).norm() / exact.norm()
+    assert 1e-5 < float(error) < 0.01
+
+
 def test_columns_left_out_multiply_nothing() -> None:
     weight = make(20, 64, 4, 16)
     column = torch.arange(64, dtype=torch.int32)
@@ -179,9 +236,10 @@ def test_columns_left_out_multiply_nothing() -> None:
 
 
 @LEVELS
+@pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("rows", [1, 4, 20])
-def test_nan_and_infinity_reach_the_output(level: str, rows: int) -> None:
-    weight = make(20, 40, 4, 16)
+def test_nan_and_infinity_reach_the_output(level: str, rows: int, activations: str) -> None:
+    weight = replace(make(20, 40, 4, 32), activations=activations)
     layer = affine(weight, module=_module(level))
     for bad in (float("nan"), float("inf")):
         x = torch.ones(rows, 40)
@@ -224,6 +282,12 @@ def test_bad_arguments_are_named() -> None:
         affine(replace(weight, scale=Numbers(OFFSET, offset=1.0)))
     with pytest.raises(ValueError, match="column names an input outside"):
         affine(replace(weight, column_K=torch.full((64,), 64, dtype=torch.int32)))
+    with pytest.raises(ValueError, match="activations = 'int4'"):
+        affine(replace(weight, activations="int4"))
+    with pytest.raises(ValueError, match="int8 activations need 4 or 8 bits"):
+        affine(replace(make(20, 64, 3, 32), activations="int8"))
+    with pytest.raises(ValueError, match="int8 activations need 4 or 8 bits in groups of a multiple of 32"):
+        affine(replace(make(20, 64, 4, 48), activations="int8"))
     with pytest.raises(ValueError, match="bias must be contiguous"):
         affine(replace(weight, bias_P=torch.ones(20)))
 

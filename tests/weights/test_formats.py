@@ -262,6 +262,28 @@ def test_settings_are_checked() -> None:
             call()
 
 
+def test_int8_activations_are_chosen_by_the_format() -> None:
+    weight, x = torch.randn(32, 64), torch.randn(3, 64)
+    linear_source = Source("layers.0.o_proj", 32, 64, None, None, weight)
+    exact, rounded = (
+        AffineFormat(4, 32).pack(linear_source),
+        AffineFormat(4, 32, activations="int8").pack(linear_source),
+    )
+    assert torch.equal(exact.dequantize(), rounded.dequantize())
+    error = (exact(x) - rounded(x)).norm() / exact(x).norm()
+    assert 0 < float(error) < 0.02
+    with pytest.raises(SettingError, match="'int8' need 4 or 8 bits"):
+        AffineFormat(3, 32, activations="int8")
+    with pytest.raises(SettingError, match="groups of 16"):
+        AffineFormat(4, 16, activations="int8")
+    for make in (AffineFormat, NativeFormat):
+        with pytest.raises(SettingError, match="activations = 'int4'"):
+            make(activations="int4")
+    parts = source(blocks("Q4_1", 16, 8), blocks("Q6_K", 16, 1))
+    layer = NativeFormat("int8").pack(parts)
+    assert [part.weight.activations for part in layer.parts] == ["int8", "float32"]
+
+
 def test_the_head_keeps_its_own_bits() -> None:
     weight = torch.randn(32, 64)
     head = AffineFormat(3, 32).pack(Source("lm_head", 32, 64, None, None, weight))

@@ -124,7 +124,8 @@ void gather(const Affine& a, const float* from, float* to) {
 
 void Affine::forward(const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) const {
   if (rows <= 0) return;
-  if (rows <= kDirect) direct(*this, x, ldx, rows, y, ldy);
+  if (rounded) affine::rounded(*this, x, ldx, rows, y, ldy);
+  else if (rows <= kDirect) direct(*this, x, ldx, rows, y, ldy);
   else many(*this, x, ldx, rows, y, ldy);
 }
 
@@ -133,10 +134,11 @@ namespace {
 // Addresses and sizes come from the Python face, which has checked them.
 nb::capsule packed_affine(int inputs, int outputs, int bits, int width, int halves, int groups, int nest, Address words,
                           int scale_kind, Address scale, Address outer_scale, int low_kind, Address low,
-                          Address outer_low, float offset, Address bias, Address column) {
+                          Address outer_low, float offset, Address bias, Address column, bool rounded) {
+  require(!rounded || ((bits == 4 || bits == 8) && halves % 2 == 0), "no kernel for 8 bit activations and these codes");
   auto a = std::make_unique<Affine>();
   a->inputs = inputs, a->outputs = outputs, a->bits = bits, a->width = width, a->halves = halves, a->groups = groups;
-  a->chunks = (width + kChunk - 1) / kChunk, a->nest = nest, a->offset = offset;
+  a->chunks = (width + kChunk - 1) / kChunk, a->nest = nest, a->offset = offset, a->rounded = rounded;
   a->words = reinterpret_cast<const std::uint32_t*>(words);
   a->scale_kind = static_cast<Kind>(scale_kind), a->low_kind = static_cast<Kind>(low_kind);
   a->scale = reinterpret_cast<const void*>(scale), a->low = reinterpret_cast<const void*>(low);

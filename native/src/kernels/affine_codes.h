@@ -128,6 +128,7 @@ struct Affine final : Packed {
   const void *scale = nullptr, *low = nullptr;  // [blocks][groups][16]; low is -multiple * scale for offset and zero
   const std::uint16_t *outer_scale = nullptr, *outer_low = nullptr;  // nested: [blocks][ceil(groups / nest)][16]
   float offset = 0;
+  bool rounded = false;  // activations to 8 bits
   const float* bias = nullptr;           // padded to whole blocks
   const std::int32_t* column = nullptr;  // the input that each stored column multiplies (-1: none), or null: in order
 
@@ -143,6 +144,8 @@ struct Affine final : Packed {
 // Few rows: codes are multiplied as they are cut out of their words.
 constexpr int kDirect = 12;
 void direct(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy);
+// Activations rounded to 8 bits, codes of 4 or 8 bits, groups of whole chunks; any number of rows.
+void rounded(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy);
 // Copies a row of inputs into stored order; what `column` leaves out becomes 0.
 void gather(const Affine& a, const float* from, float* to);
 

@@ -50,7 +50,8 @@ class AffineWeight:
     """A packed weight. words: int32 [N, C, B, 16]. group_size: stored columns per group, a multiple of 16.
 
     nest: groups per outer number of NESTED. column_K: int32, the input of each stored column (-1: none), None if in
-    order. bias_P: float32.
+    order. bias_P: float32. activations: "float32", or "int8": rounded per 32 stored columns, for 4 and 8 bits and
+    groups of whole chunks (see `has_int8`).
     """
 
     inputs: int
@@ -63,11 +64,17 @@ class AffineWeight:
     nest: int = 1
     column_K: Tensor | None = None
     bias_P: Tensor | None = None
+    activations: str = "float32"
 
     @property
     def width(self) -> int:
         """Stored columns."""
         return self.inputs if self.column_K is None else self.column_K.numel()
+
+
+def has_int8(bits: int, group_size: int) -> bool:
+    """Whether codes of ``bits`` in groups of ``group_size`` stored columns can meet int8 activations."""
+    return bits in (4, 8) and group_size % CHUNK == 0
 
 
 def group_count(width: int, group_size: int) -> int:
@@ -185,6 +192,13 @@ def affine(weight: AffineWeight, *, module: ModuleType | None = None) -> Packed:
         int(weight.column_K.max()) >= weight.inputs or int(weight.column_K.min()) < -1
     ):
         raise ValueError(f"column names an input outside [0, {weight.inputs})")
+    rounded = weight.activations == "int8"
+    if not rounded and weight.activations != "float32":
+        raise ValueError(f"activations = {weight.activations!r}: choose float32 or int8")
+    if rounded and not has_int8(bits, size):
+        raise ValueError(
+            f"int8 activations need 4 or 8 bits in groups of a multiple of {CHUNK}, not {bits} bits in groups of {size}"
+        )
     blocks, groups = -(-weight.outputs // BLOCK), group_count(width, size)
     scale, outer_scale = _address("scale", weight.scale, weight, groups)
     low, outer_low = _address("low", weight.low, weight, groups)
@@ -207,5 +221,6 @@ def affine(weight: AffineWeight, *, module: ModuleType | None = None) -> Packed:
         weight.low.offset,
         address("bias", weight.bias_P, (blocks * BLOCK,), torch.float32),
         address("column", weight.column_K, (width,), torch.int32),
+        rounded,
     )
     return Packed(lib, handle, weight.inputs, weight.outputs, (weight,))

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from hasten.core.errors import SettingError, UnsupportedError
 from hasten.kernels.affine import (
     BITS,
+    CHUNK,
     HALF,
     HALF_KIND,
     OFFSET,
@@ -24,6 +25,7 @@ from hasten.kernels.affine import (
     affine,
     dequantize,
     group_count,
+    has_int8,
     pack_codes,
     pack_groups,
 )
@@ -32,6 +34,12 @@ from hasten.weights.format import LinearSource, WeightFormat
 from hasten.weights.packed import KernelLinear
 
 GRIDS = ("asymmetric", "symmetric", "float-min")
+
+
+def check_activations(activations: str) -> None:
+    """Raise `SettingError` unless ``activations`` is ``"float32"`` or ``"int8"``."""
+    if activations not in ("float32", "int8"):
+        raise SettingError(f"activations = {activations!r}: choose float32 (exact) or int8 (rounded, faster)")
 
 
 def store_scale(scale_OG: Tensor, groups: int) -> Numbers:
@@ -61,7 +69,8 @@ class AffineLinear(KernelLinear):
     else float32; lows that are multiples of the scale as one number or uint8. bits: 2, 3, 4, 5, 6 or 8.
     group_size: columns per group, in stored order; the last group may be shorter. Groups that are no multiple of 16
     are filled up to one (which wastes memory). bias_O: float32 or None. perm_I: stored column i multiplies input
-    ``perm_I[i]`` (act_order), None if in order.
+    ``perm_I[i]`` (act_order), None if in order. activations: ``"float32"``, or ``"int8"``: rounded on entry, one scale
+    per 32 stored columns (4 and 8 bits in groups of a multiple of 32; faster, not exact).
     Raises `UnsupportedError` naming the tensor that does not fit.
     """
 
@@ -75,6 +84,7 @@ class AffineLinear(KernelLinear):
         group_size: int,
         bias_O: Tensor | None = None,
         perm_I: Tensor | None = None,
+        activations: str = "float32",
     ) -> None:
         if codes_OI.dim() != 2 or 0 in codes_OI.shape or codes_OI.dtype is not torch.uint8:
             raise UnsupportedError(
@@ -98,7 +108,9 @@ class AffineLinear(KernelLinear):
             column_K.sort().values, torch.arange(inputs, dtype=torch.int32)
         ):
             raise UnsupportedError(f"perm must be a permutation of the {inputs} inputs")
-        size = -(-group_size // HALF) * HALF
+        # A single group is filled up to whole chunks, several to the half chunks at which groups may begin.
+        unit = HALF if shape[1] > 1 else CHUNK
+        size = -(-group_size // unit) * unit
         if shape[1] > 1 and size != group_size:
             column_K = torch.arange(inputs, dtype=torch.int32) if column_K is None else column_K
             rest, gap = -inputs % group_size, size - group_size
@@ -107,6 +119,11 @@ class AffineLinear(KernelLinear):
             ).flatten()
             codes_OI = pad(pad(codes_OI, (0, rest)).view(outputs, -1, group_size), (0, gap)).flatten(1)
         groups = group_count(codes_OI.shape[1], size)
+        if activations == "int8" and not has_int8(bits, size):
+            raise UnsupportedError(
+                f"int8 activations need 4 or 8 bits in groups of a multiple of {CHUNK}, not {bits} bits in groups of "
+                f"{group_size}"
+            )
         try:
             words = pack_codes(codes_OI, bits)
         except ValueError as error:
@@ -122,6 +139,7 @@ class AffineLinear(KernelLinear):
                 store_low(low_OG, scale_OG, groups),
                 column_K=None if column_K is None else column_K.contiguous(),
                 bias_P=None if bias_O is None else pad_rows(bias_O.detach().float()).flatten(),
+                activations=activations,
             )
         )
 
@@ -175,7 +193,10 @@ class AffineLinear(KernelLinear):
 
     def extra_repr(self) -> str:
         form = self._form
-        return f"{self.inputs} -> {self.outputs}, {form.bits} bits, groups of {form.group_size}"
+        return (
+            f"{self.inputs} -> {self.outputs}, {form.bits} bits, groups of {form.group_size}, "
+            f"{form.activations} activations"
+        )
 
 
 def round_to_nearest(
@@ -229,7 +250,8 @@ def round_to_nearest(
 class AffineFormat(WeightFormat):
     """Every linear layer rounded to nearest: ``bits`` per weight, one scale per ``group_size`` inputs (None: per row).
 
-    grid: see `round_to_nearest`. head_bits: of the LM head, None to treat it like the others.
+    grid: see `round_to_nearest`. head_bits: of the LM head, None to treat it like the others. activations: see
+    `AffineLinear`.
     """
 
     def __init__(
@@ -238,6 +260,7 @@ class AffineFormat(WeightFormat):
         group_size: int | None = 64,
         grid: str = "asymmetric",
         head_bits: int | None = 8,
+        activations: str = "float32",
     ) -> None:
         for name, value in (("bits", bits), ("head_bits", head_bits)):
             if value not in BITS and (name == "bits" or value is not None):
@@ -246,11 +269,27 @@ class AffineFormat(WeightFormat):
             raise SettingError(f"group_size = {group_size}: must be positive, or None for one group per row")
         if grid not in GRIDS:
             raise SettingError(f"grid = {grid!r}: choose one of {', '.join(GRIDS)}")
+        check_activations(activations)
+        for value in (bits, head_bits):
+            if activations == "int8" and value is not None and not has_int8(value, group_size or CHUNK):
+                raise SettingError(
+                    f"activations = 'int8' need 4 or 8 bits in groups of a multiple of {CHUNK}, "
+                    f"not {value} bits in groups of {group_size}"
+                )
         self.bits, self.group_size, self.grid, self.head_bits = bits, group_size, grid, head_bits
+        self.activations = activations
 
     def pack(self, source: LinearSource) -> AffineLinear:
         """Round the exact weight of ``source`` to the grid."""
         bits = self.head_bits if source.name == "lm_head" and self.head_bits is not None else self.bits
         size = source.inputs if self.group_size is None else self.group_size
         codes_OI, scale_OG, low_OG = round_to_nearest(source.dense(), bits, size, self.grid)
-        return AffineLinear(codes_OI, scale_OG, low_OG, bits=bits, group_size=size, bias_O=source.bias_O)
+        return AffineLinear(
+            codes_OI,
+            scale_OG,
+            low_OG,
+            bits=bits,
+            group_size=size,
+            bias_O=source.bias_O,
+            activations=self.activations,
+        )

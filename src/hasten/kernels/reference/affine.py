@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from hasten.kernels.affine import AffineWeight, dequantize
+from hasten.kernels.affine import CHUNK, AffineWeight, dequantize
 
 
 def unpack_codes(words: Tensor, outputs: int, columns: int) -> Tensor:
@@ -35,8 +36,26 @@ def unpack_codes(words: Tensor, outputs: int, columns: int) -> Tensor:
     return torch.stack(codes, dim=-1).flatten(1)[:outputs, :columns].to(torch.uint8)
 
 
+def round_activations(x_TI: Tensor, weight: AffineWeight) -> Tensor:
+    """``x_TI`` rounded to multiples of max |x| / 127 per 32 stored columns, in its dtype."""
+    column_K = torch.arange(weight.inputs) if weight.column_K is None else weight.column_K.long()
+    used_K = column_K >= 0
+    stored_TK = torch.where(used_K, x_TI[:, column_K.clamp_min(0)], 0.0)
+    chunk_TCK = pad(stored_TK, (0, -weight.width % CHUNK)).unflatten(1, (-1, CHUNK))
+    top_TC1 = chunk_TCK.float().abs().amax(-1, keepdim=True)
+    # Not 127 / top: that multiplies by a reciprocal, which rounds twice and can pick the other neighbour.
+    inverse_TC1 = torch.full_like(top_TC1, 127) / top_TC1
+    codes_TCK = torch.where(top_TC1 == 0, 0.0, (chunk_TCK.float() * inverse_TC1).round())
+    rounded = codes_TCK.to(x_TI.dtype) * (top_TC1 / 127)
+    out_TI = x_TI.clone()
+    out_TI[:, column_K[used_K]] = rounded.flatten(1)[:, : weight.width][:, used_K]
+    return out_TI
+
+
 def affine(x_TI: Tensor, weight: AffineWeight) -> Tensor:
     """``x_TI @ W^T + bias`` [T, O] in the dtype of ``x_TI`` (float64 leaves no rounding but the weight's)."""
     codes_OK = unpack_codes(weight.words, weight.outputs, weight.width)
+    if weight.activations == "int8":
+        x_TI = round_activations(x_TI, weight)
     y_TO = x_TI @ dequantize(weight, codes_OK).to(x_TI.dtype).t()
     return y_TO if weight.bias_P is None else y_TO + weight.bias_P[: weight.outputs]
