@@ -1,10 +1,11 @@
-"""Weights as the checkpoint stores them: GGUF blocks are repacked for the kernels, never quantised again.
+"""Weights as the checkpoint stores them: quantised ones are repacked for the kernels, never quantised again.
 
 | stored as | packed as |
 | --- | --- |
 | Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 | 4, 5 or 8 bit codes, groups of 32, the file's float16 scales and minima |
 | Q4_K, Q5_K | 4 or 5 bit codes, groups of 32, the file's 6 bit scales and minima under its float16 ones per 256 |
 | Q6_K | 6 bit codes, groups of 16, the file's 8 bit scales under its float16 ones per 256 |
+| GPTQ (Hugging Face layout) | 2, 3, 4 or 8 bit codes, the folder's groups, scales and zero points |
 | F32, F16, BF16 | bfloat16 (rounded: float32 and float16 lose bits; ask for dtype float32 to keep them) |
 
 Block layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
@@ -37,6 +38,7 @@ from hasten.kernels.packed import pad_rows
 from hasten.weights.affine import AffineLinear, check_activations
 from hasten.weights.dense import DenseLinear
 from hasten.weights.format import LinearSource, PackedLinear, QuantBlocks, WeightFormat
+from hasten.weights.gptq_files import stored_linear
 from hasten.weights.packed import KernelLinear, StackedLinear
 
 
@@ -188,7 +190,7 @@ class NativeFormat(WeightFormat):
     def pack(self, source: LinearSource) -> PackedLinear:
         """Repack the source's blocks; parts of one type that lie next to each other become one layer."""
         if source.blocks is None:
-            return DenseLinear(source.dense(), source.bias_O, torch.bfloat16)
+            return stored_linear(source) or DenseLinear(source.dense(), source.bias_O, torch.bfloat16)
         parts: list[KernelLinear] = []
         start = 0
         for kind, run in groupby(source.blocks, key=lambda blocks: blocks.kind):
