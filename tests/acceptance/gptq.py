@@ -140,9 +140,17 @@ def perplexity(decoder: Decoder, token_ids_NL: Tensor) -> float:
     return math.exp(total / len(token_ids_NL))
 
 
+@pytest.fixture(scope="module")
+def exact(build: BuildContext, held_out: Tensor) -> float:
+    """The unquantised model's perplexity."""
+    return perplexity(load_decoder(build.checkpoint), held_out)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("grid", MODEL_GRIDS.values(), ids=MODEL_GRIDS)
-def test_model_below_rounding(build: BuildContext, held_out: Tensor, grid: dict[str, Any]) -> None:
+def test_model_below_rounding(
+    build: BuildContext, held_out: Tensor, exact: float, grid: dict[str, Any]
+) -> None:
     technique = GPTQ(**SETTINGS, **grid)
     reports = read_reports(technique.prepare(build))
     assert len(reports) == 4 * build.config.num_layers
@@ -158,7 +166,6 @@ def test_model_below_rounding(build: BuildContext, held_out: Tensor, grid: dict[
     packed = load_decoder(build.checkpoint, pack=technique.provide("weight_format", build).pack)
     ours = perplexity(packed, held_out)
     theirs = perplexity(load_decoder(build.checkpoint, pack=rounded), held_out)
-    exact = perplexity(load_decoder(build.checkpoint), held_out)
     print(f"perplexity: model {exact:.2f}, GPTQ {ours:.2f}, rounding {theirs:.2f}")
     assert exact < ours < theirs
 
