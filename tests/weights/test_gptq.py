@@ -19,7 +19,7 @@ from gptq_models import LLAMA, QWEN, TIED, context, random_documents, write_mode
 from hasten.core.artefact import ArtefactStore
 from hasten.core.errors import ArtefactError, IntegrityError, SettingError, UnknownNameError, UnsupportedError
 from hasten.core.plan import Plan
-from hasten.models.checkpoint import load_decoder
+from hasten.models.checkpoint import load_decoder, open_checkpoint
 from hasten.models.decoder import LAYER_LINEARS
 from hasten.weights import gptq as module
 from hasten.weights.calibrate import calibrate
@@ -311,6 +311,14 @@ def test_int8_head_keeps_q8_0_weights_exactly():
 
     layer = module.pack_head(Fixed("lm_head", 256, 64, None, None), "int8")
     assert torch.equal(layer.dequantize(), exact_OI)
+
+
+def test_default_models_head_is_repacked_as_it_is(default_model_path):
+    source = open_checkpoint(default_model_path).linear("lm_head")
+    assert source.blocks is not None
+    layer = module.pack_head(source, "int8")
+    assert torch.equal(layer.dequantize(), source.dense())
+    assert layer.weight_bytes() < 1.1 * source.outputs * source.inputs
 
 
 def test_stored_settings_that_contradict_are_refused(tmp_path, model):

@@ -88,8 +88,13 @@ def pack_dense(source: LinearSource, dtype: torch.dtype) -> PackedLinear:
 def pack_head(source: LinearSource, how: str) -> PackedLinear:
     """The LM head as "float32", "bfloat16" or "int8": rounded to nearest, one float16 scale per 32 inputs.
 
-    The int8 grid is scale * (code - 128) with scale = max |w| / 127, which holds Q8_0 weights of a GGUF exactly.
+    The int8 grid is scale * (code - 128) with scale = max |w| / 127, which holds Q8_0 weights of a GGUF exactly; those
+    are repacked as they are.
     """
+    if how == "int8" and source.blocks is not None and all(blocks.kind == "Q8_0" for blocks in source.blocks):
+        from hasten.weights.native import NativeFormat  # which packs GPTQ folders with this module
+
+        return NativeFormat().pack(source)
     if how != "int8":
         return pack_dense(source, getattr(torch, how))
     w_OI = source.dense()
