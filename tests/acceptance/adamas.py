@@ -190,7 +190,7 @@ def long_ids(default_model_path, documentation) -> list[int]:
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="not reached on this corpus with one choice per kv head: +41% perplexity at budget 256 (docs/notes/adamas.md)",
+    reason="missed with one choice per kv head: +41% perplexity at budget 256 (docs/notes/adamas.md)",
 )
 @pytest.mark.timeout(600)
 def test_perplexity_and_divergence_at_8k(default_model_path, long_ids):
