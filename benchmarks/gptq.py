@@ -221,7 +221,7 @@ def main() -> None:
         brief = {k: row[k] for k in ("gptq", "rounding", "quantisation_seconds")}
         print(json.dumps({"case": name, **brief}), flush=True)
     result["busy"] = monitor.stop().to_dict()
-    Console().print(table(result))
+    Console(width=120).print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
