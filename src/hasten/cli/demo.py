@@ -20,7 +20,7 @@ SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "hydragen",
         "shared-prefix",
-        {"prefix_tokens": 1024, "tokens": 24, "quality_tokens": 16, "reference": False},
+        {"prefix_tokens": 512, "questions": 8, "tokens": 24, "quality_tokens": 16, "reference": False},
     ),
     ("adamas", "long-decode", {"context": 4096, "tokens": 48, "quality_tokens": 48, "reference": False}),
     ("gptq:samples=16", "decode", {"reference": False}),
