@@ -5,8 +5,6 @@ Legend: L layers, T tokens, H query heads, G kv heads, D head size.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hasten.core.corpus import corpus
 from hasten.core.errors import UnsupportedError
 from hasten.models.checkpoint import load_decoder
 from hasten.models.decoder import CausalAttend, Decoder
+from hasten.weights.calibrate_data import token_digest
 
 if TYPE_CHECKING:
     from hasten.models.context import BuildContext
@@ -28,8 +28,6 @@ def calibration_ids(context: BuildContext, tokens: int) -> list[int]:
     if context.calibration is not None:
         ids = [token for sequence in context.calibration for token in sequence][:tokens]
     else:
-        from hasten.core.corpus import corpus
-
         ids = []
         for document in corpus().documents("calibration"):
             ids.extend(context.tokenizer.encode(document.text))
@@ -75,7 +73,7 @@ def coordinate_spread(context: BuildContext, tokens: int) -> tuple[Tensor, Tenso
     Kept as an artefact of the model.
     """
     ids = calibration_ids(context, tokens)
-    made_from = {"ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest(), "version": 1}
+    made_from = {"tokens": token_digest([ids]), "version": 1}
 
     def write(folder: Path) -> None:
         q_LTHD, k_LTGD = capture(context, ids)

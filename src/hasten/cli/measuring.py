@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,16 +45,14 @@ StoreFile = Annotated[
 def key_values(texts: Sequence[str] | None, option: str) -> dict[str, Any]:
     """``key=value`` items as a dictionary; values are TOML, else text. `PlanError` for an item without ``=``."""
     from hasten.core.errors import PlanError
+    from hasten.core.plan import parse_value
 
     out: dict[str, Any] = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise PlanError(f"{option} {text!r}: write key=value")
-        try:
-            out[key.strip()] = tomllib.loads(f"v = {value}")["v"]
-        except tomllib.TOMLDecodeError:
-            out[key.strip()] = value.strip()
+        out[key.strip()] = parse_value(value.strip())
     return out
 
 

@@ -191,7 +191,7 @@ def parse_use(text: str, resolve: Resolver | None) -> Technique:
             raise PlanError(f"{text!r}: write settings as slug:key=value,key=value")
         if key in settings:
             raise PlanError(f"{text!r}: {key} is set twice; keep one of the two")
-        settings[key] = _value(value)
+        settings[key] = parse_value(value)
     return resolve(slug.strip())(**settings)
 
 
@@ -203,7 +203,7 @@ def _split(text: str) -> list[str]:
     return [item.strip() for item in _ITEM.findall(text)]
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """The value that ``text`` writes in TOML, or the text itself."""
     try:
         parsed = tomllib.loads(f"v = {text}")

@@ -14,9 +14,7 @@ import json
 import os
 import shutil
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,6 +24,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from hasten.core.corpus import corpus, recipe
 from hasten.core.errors import ArtefactError, UnsupportedError
 from hasten.core.fetch import locked
 from hasten.core.technique import Technique
@@ -113,7 +112,7 @@ class GPTQ(Technique):
         if context.calibration is not None:
             data = "tokens " + token_digest(context.calibration)
         else:
-            data = "corpus " + _corpus_digest()
+            data = f"corpus {recipe()['content_sha256']}"
         return {"version": VERSION, "settings": settings, "calibration": data}
 
     def prepare(self, context: BuildContext) -> Path:
@@ -150,8 +149,6 @@ class GPTQ(Technique):
             return draw_segments(
                 [len(ids) for ids in given], lambda i: given[i], self.samples, self.sample_length, self.seed
             )
-        from hasten.core.corpus import corpus
-
         documents = corpus().documents("calibration")
         return draw_segments(
             [len(document.text) for document in documents],
@@ -178,12 +175,6 @@ class GPTQ(Technique):
             )
         for index in range(context.config.num_layers):
             os.replace(method.work.file(index), folder / method.work.file(index).name)
-
-
-def _corpus_digest() -> str:
-    """The pinned SHA-256 of the documentation corpus, known without fetching it."""
-    recipe = tomllib.loads(resources.files("hasten.core").joinpath("data/corpus.toml").read_text("utf-8"))
-    return str(recipe["content_sha256"])
 
 
 class GPTQMethod(BlockMethod):
