@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 import shutil
+import signal
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from hasten.core.corpus import Corpus
 
 _MARKED_FIXTURES = {"default_model_path": pytest.mark.model, "documentation": pytest.mark.corpus}
+
+
+def pytest_configure() -> None:
+    """Tests of Ctrl-C need the default handler; a shell starts background jobs, and so their children, without it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
