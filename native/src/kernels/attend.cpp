@@ -3,52 +3,41 @@
 //
 // The index arrays are checked and copied once per step into a work object; a layer's call passes it with plain addresses
 // of its tensors (converting a dozen tensors per layer would cost more than a short decode step's attention).
-#include "attend_many.h"
+#include "attend_work.h"
 
-#include <map>
 #include <memory>
 #include <numeric>
 
+#include "attend_many.h"
+
 namespace hasten {
-namespace {
 
 using namespace attend;
-using Index = Array<const std::int32_t, -1>;
 
-struct Task {  // one kv head of one block of the rows of a piece
-  int piece, begin, end, head;
-  double cost;
-};
-
-struct Work {
-  std::vector<std::int32_t> page, page_start, row_start, row, first, limit;
-  int page_size = 0;
-  std::int32_t top_page = -1, top_row = -1;
-  std::map<std::pair<int, int>, std::vector<Task>> tasks;  // by (query heads per kv head, kv heads); built under the GIL
-
-  int pieces() const { return static_cast<int>(page_start.size()) - 1; }
-
-  const std::vector<Task>& plan(int repeat, int groups) {
-    std::vector<Task>& list = tasks[{repeat, groups}];
-    if (!list.empty()) return list;
-    const int most = std::max(1, kBlock / repeat);
-    for (int j = 0; j < pieces(); ++j) {
-      const int rows = row_start[j + 1] - row_start[j];
-      if (rows == 0) continue;
-      const int blocks = (rows + most - 1) / most;
-      for (int b = 0; b < blocks; ++b) {
-        const int begin = row_start[j] + static_cast<int>(static_cast<std::int64_t>(rows) * b / blocks);
-        const int end = row_start[j] + static_cast<int>(static_cast<std::int64_t>(rows) * (b + 1) / blocks);
-        double seen = 0;
-        for (int e = begin; e < end; ++e) seen += std::max(0, limit[e] - first[e]);
-        for (int g = 0; g < groups; ++g) list.push_back({j, begin, end, g, seen * repeat});
-      }
+const std::vector<Task>& Work::plan(int repeat, int groups) {
+  std::vector<Task>& list = tasks[{repeat, groups}];
+  if (!list.empty()) return list;
+  const int most = std::max(1, kBlock / repeat);
+  for (int j = 0; j < pieces(); ++j) {
+    const int rows = row_start[j + 1] - row_start[j];
+    if (rows == 0) continue;
+    const int blocks = (rows + most - 1) / most;
+    for (int b = 0; b < blocks; ++b) {
+      const int begin = row_start[j] + static_cast<int>(static_cast<std::int64_t>(rows) * b / blocks);
+      const int end = row_start[j] + static_cast<int>(static_cast<std::int64_t>(rows) * (b + 1) / blocks);
+      double seen = 0;
+      for (int e = begin; e < end; ++e) seen += std::max(0, limit[e] - first[e]);
+      for (int g = 0; g < groups; ++g) list.push_back({j, begin, end, g, seen * repeat});
     }
-    // Longest first, so that the last tasks to be handed out are short.
-    std::stable_sort(list.begin(), list.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-    return list;
   }
-};
+  // Longest first, so that the last tasks to be handed out are short.
+  std::stable_sort(list.begin(), list.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  return list;
+}
+
+namespace {
+
+using Index = Array<const std::int32_t, -1>;
 
 void check_starts(const std::vector<std::int32_t>& start, std::size_t last, const char* message) {
   require(!start.empty() && start.front() == 0 && start.back() == static_cast<std::int64_t>(last) &&
@@ -86,14 +75,6 @@ nb::capsule attend_work(Index page, Index page_start, Index row_start, Index row
   return nb::capsule(w.release(), "hasten.attend_work", [](void* p) noexcept { delete static_cast<Work*>(p); });
 }
 
-struct Call {
-  const float* q;
-  const void *k, *v;
-  float *out, *lse;
-  int heads, groups, size, page;
-  float scale, softcap;
-};
-
 // Addresses of the tokens [from, to) of a piece for one kv head.
 template <typename KV>
 void locate(const Work& w, const Call& c, const Task& task, int from, int to, Tokens<KV>& tile) {
@@ -121,7 +102,7 @@ void run_task(const Work& w, const Call& c, const Task& task) {
   st.begin(rows, c.size);
   int low = INT32_MAX, high = 0;
   for (int e = task.begin; e < task.end; ++e) {
-    const float* q = c.q + (static_cast<std::size_t>(w.row[e]) * c.heads + task.head * repeat) * c.size;
+    const float* q = c.q + w.row[e] * c.q_stride + static_cast<std::int64_t>(task.head) * repeat * c.size;
     for (int i = 0; i < repeat; ++i)
       st.load((e - task.begin) * repeat + i, q + static_cast<std::size_t>(i) * c.size, c.size, logits.query);
     if (w.first[e] >= w.limit[e]) continue;
@@ -159,25 +140,14 @@ void run_task(const Work& w, const Call& c, const Task& task) {
 void attend_pieces(nb::capsule handle, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out,
                    std::uintptr_t lse, int rows, int heads, int groups, int size, int pages, int page, bool bf16,
                    float scale, float softcap) {
-  require(std::strcmp(handle.name(), "hasten.attend_work") == 0, "not a work object of attend_pieces");
-  Work& w = *static_cast<Work*>(handle.data());
-  require(page == w.page_size, "the work was planned for another page size");
-  require(w.top_page < pages, "page_C names a page past the end of the pool");
-  require(w.top_row < rows, "row_E names a row past the end of q");
-  const Call c{reinterpret_cast<const float*>(q), reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
-               reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse), heads, groups, size, page, scale, softcap};
+  Work& w = unwrap_work(handle);
+  check_work(w, rows, pages, page);
+  const Call c{reinterpret_cast<const float*>(q), static_cast<std::int64_t>(heads) * size,
+               reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v), reinterpret_cast<float*>(out),
+               reinterpret_cast<float*>(lse), heads, groups, size, page, scale, softcap};
   const std::vector<Task>& tasks = w.plan(heads / groups, groups);
   nb::gil_scoped_release release;
-  double total = 0;
-  for (const Task& t : tasks) total += t.cost;
-  const int count = static_cast<int>(tasks.size());
-  // Below about 10 microseconds of work, waking the other threads costs more than it saves.
-  const bool parallel = count > 1 && total * size > 2e5;
-#pragma omp parallel for schedule(dynamic, 1) if (parallel)
-  for (int i = 0; i < count; ++i) {
-    if (bf16) run_task<std::uint16_t>(w, c, tasks[i]);
-    else run_task<float>(w, c, tasks[i]);
-  }
+  run(w, tasks, c, bf16);
 }
 
 HASTEN_KERNELS(m) {
@@ -186,4 +156,32 @@ HASTEN_KERNELS(m) {
 }
 
 }  // namespace
+
+namespace attend {
+
+Work& unwrap_work(const nb::capsule& handle) {
+  require(std::strcmp(handle.name(), "hasten.attend_work") == 0, "not a work object of attend_pieces");
+  return *static_cast<Work*>(handle.data());
+}
+
+void check_work(const Work& work, int rows, int pages, int page) {
+  require(page == work.page_size, "the work was planned for another page size");
+  require(work.top_page < pages, "page_C names a page past the end of the pool");
+  require(work.top_row < rows, "row_E names a row past the end of q");
+}
+
+void run(const Work& work, const std::vector<Task>& tasks, const Call& call, bool bf16) {
+  double total = 0;
+  for (const Task& t : tasks) total += t.cost;
+  const int count = static_cast<int>(tasks.size());
+  // Below about 10 microseconds of work, waking the other threads costs more than it saves.
+  const bool parallel = count > 1 && total * call.size > 2e5;
+#pragma omp parallel for schedule(dynamic, 1) if (parallel)
+  for (int i = 0; i < count; ++i) {
+    if (bf16) run_task<std::uint16_t>(work, call, tasks[i]);
+    else run_task<float>(work, call, tasks[i]);
+  }
+}
+
+}  // namespace attend
 }  // namespace hasten

@@ -1,24 +1,19 @@
 // merge: joins the parts (out, lse) of each row, out = sum w_j out_j / sum w_j with w_j = exp(lse_j - max lse).
+#include "attend_work.h"
 #include "simd.h"
 
 namespace hasten {
-namespace {
+namespace attend {
 
-void merge(std::uintptr_t out_address, std::uintptr_t lse_address, Array<const std::int32_t, -1> start,
-           Array<const std::int32_t, -1> entry, std::uintptr_t to_address, std::uintptr_t to_lse_address, int entries,
-           int heads, int size) {
-  const float* out = reinterpret_cast<const float*>(out_address);
-  const float* lse = reinterpret_cast<const float*>(lse_address);
-  float* to = reinterpret_cast<float*>(to_address);
-  float* to_lse = reinterpret_cast<float*>(to_lse_address);
-  const int rows = static_cast<int>(start.shape(0)) - 1;
-  require(rows >= 0, "entry_start_T1 is empty");
-  const std::int32_t *s = start.data(), *e = entry.data();
-  require(s[0] == 0 && s[rows] <= static_cast<std::int64_t>(entry.shape(0)),
-          "entry_start_T1 must rise from 0 to the length of entry_E");
-  for (int t = 0; t < rows; ++t) require(s[t] <= s[t + 1], "entry_start_T1 must not fall");
-  for (int i = 0; i < s[rows]; ++i) require(e[i] >= 0 && e[i] < entries, "entry_E names a part that is not there");
-  nb::gil_scoped_release release;
+void check_parts(const std::int32_t* start, int rows, const std::int32_t* entry, std::int64_t count, int entries) {
+  require(start[0] == 0 && start[rows] <= count, "entry_start_T1 must rise from 0 to the length of entry_E");
+  for (int t = 0; t < rows; ++t) require(start[t] <= start[t + 1], "entry_start_T1 must not fall");
+  for (int i = 0; i < start[rows]; ++i)
+    require(entry[i] >= 0 && entry[i] < entries, "entry_E names a part that is not there");
+}
+
+void merge(const float* out, const float* lse, const std::int32_t* s, const std::int32_t* e, int rows, int heads,
+           int size, float* to, float* to_lse) {
   const bool parallel = static_cast<std::int64_t>(s[rows]) * heads * size > 100000;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int t = 0; t < rows; ++t) {
@@ -58,6 +53,21 @@ void merge(std::uintptr_t out_address, std::uintptr_t lse_address, Array<const s
       }
     }
   }
+}
+
+}  // namespace attend
+
+namespace {
+
+void merge(std::uintptr_t out, std::uintptr_t lse, Array<const std::int32_t, -1> start,
+           Array<const std::int32_t, -1> entry, std::uintptr_t to, std::uintptr_t to_lse, int entries, int heads,
+           int size) {
+  const int rows = static_cast<int>(start.shape(0)) - 1;
+  require(rows >= 0, "entry_start_T1 is empty");
+  attend::check_parts(start.data(), rows, entry.data(), static_cast<std::int64_t>(entry.shape(0)), entries);
+  nb::gil_scoped_release release;
+  attend::merge(reinterpret_cast<const float*>(out), reinterpret_cast<const float*>(lse), start.data(), entry.data(),
+                rows, heads, size, reinterpret_cast<float*>(to), reinterpret_cast<float*>(to_lse));
 }
 
 HASTEN_KERNELS(m) { m.def("merge", &merge); }

@@ -2,16 +2,14 @@
 //
 // Half-split rotation (RoFormer section 3.2, in the layout of Hugging Face checkpoints): dimension i < R / 2 pairs with
 // i + R / 2; dimensions beyond R pass through.
+#include "rope.h"
+
 #include "simd.h"
 
 namespace hasten {
 namespace {
 
-struct Rows {  // float rows of `heads` heads; rows lie `stride` floats apart (they may be slices of a fused projection)
-  float* data;
-  std::int64_t stride;
-  int heads;
-};
+using rope::Rows;
 
 std::uint16_t to_bf16(float x) {  // round to nearest even, as torch does
   std::uint32_t bits;
@@ -40,43 +38,59 @@ void store(const float* from, std::uint16_t* to, int size) {
 }
 
 template <typename KV>
-void append(const Rows& from, std::int64_t row, KV* pages, std::int64_t slot, int page, int size) {
+void write(const Rows& from, std::int64_t row, KV* pages, std::int64_t slot, int page, int size) {
   KV* to = pages + ((slot / page * from.heads) * page + slot % page) * size;
   for (int g = 0; g < from.heads; ++g)
     store(from.data + row * from.stride + static_cast<std::int64_t>(g) * size,
           to + static_cast<std::int64_t>(g) * page * size, size);
 }
 
+}  // namespace
+
+namespace rope {
+
+void check_slots(const std::int64_t* slots, std::int64_t rows, std::int64_t pages, int page) {
+  for (std::int64_t t = 0; t < rows; ++t)
+    require(slots[t] >= 0 && slots[t] < pages * page, "slot_T names a token outside the page pool");
+}
+
+void append(Rows q, Rows k, Rows v, int size, Tables tables, bool rotate_keys, const std::int64_t* slots,
+            std::int64_t rows, const Pool& pool) {
+  const int half = tables.rotated / 2;
+  const bool parallel = rows * (q.heads + 2 * k.heads) * size > 200000;
+#pragma omp parallel for schedule(static) if (parallel)
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const float *cos = tables.cos + t * tables.rotated, *sin = tables.sin + t * tables.rotated;
+    for (int h = 0; h < q.heads; ++h) rotate(q.data + t * q.stride + static_cast<std::int64_t>(h) * size, cos, sin, half);
+    if (rotate_keys)
+      for (int g = 0; g < k.heads; ++g)
+        rotate(k.data + t * k.stride + static_cast<std::int64_t>(g) * size, cos, sin, half);
+    if (pool.bf16) {
+      write(k, t, static_cast<std::uint16_t*>(pool.k), slots[t], pool.page, size);
+      write(v, t, static_cast<std::uint16_t*>(pool.v), slots[t], pool.page, size);
+    } else {
+      write(k, t, static_cast<float*>(pool.k), slots[t], pool.page, size);
+      write(v, t, static_cast<float*>(pool.v), slots[t], pool.page, size);
+    }
+  }
+}
+
+}  // namespace rope
+
+namespace {
+
 void rope_append(std::uintptr_t q, std::int64_t q_stride, int heads, std::uintptr_t k, std::int64_t k_stride,
                  std::uintptr_t v, std::int64_t v_stride, int groups, int size, std::uintptr_t cos, std::uintptr_t sin,
                  int rotated, bool rotate_keys, Array<const std::int64_t, -1> slot, std::uintptr_t k_pages,
                  std::uintptr_t v_pages, std::int64_t pages, int page, bool bf16) {
-  const Rows qs{reinterpret_cast<float*>(q), q_stride, heads}, ks{reinterpret_cast<float*>(k), k_stride, groups},
-      vs{reinterpret_cast<float*>(v), v_stride, groups};
   const auto rows = static_cast<std::int64_t>(slot.shape(0));
   const std::int64_t* slots = slot.data();
-  for (std::int64_t t = 0; t < rows; ++t)
-    require(slots[t] >= 0 && slots[t] < pages * page, "slot_T names a token outside the page pool");
-  const float* c = reinterpret_cast<const float*>(cos);
-  const float* s = reinterpret_cast<const float*>(sin);
-  const int half = rotated / 2;
+  rope::check_slots(slots, rows, pages, page);
   nb::gil_scoped_release release;
-  const bool parallel = rows * (heads + 2 * groups) * size > 200000;
-#pragma omp parallel for schedule(static) if (parallel)
-  for (std::int64_t t = 0; t < rows; ++t) {
-    const float *ct = c + t * rotated, *st = s + t * rotated;
-    for (int h = 0; h < heads; ++h) rotate(qs.data + t * qs.stride + static_cast<std::int64_t>(h) * size, ct, st, half);
-    if (rotate_keys)
-      for (int g = 0; g < groups; ++g)
-        rotate(ks.data + t * ks.stride + static_cast<std::int64_t>(g) * size, ct, st, half);
-    if (bf16) {
-      append(ks, t, reinterpret_cast<std::uint16_t*>(k_pages), slots[t], page, size);
-      append(vs, t, reinterpret_cast<std::uint16_t*>(v_pages), slots[t], page, size);
-    } else {
-      append(ks, t, reinterpret_cast<float*>(k_pages), slots[t], page, size);
-      append(vs, t, reinterpret_cast<float*>(v_pages), slots[t], page, size);
-    }
-  }
+  rope::append({reinterpret_cast<float*>(q), q_stride, heads}, {reinterpret_cast<float*>(k), k_stride, groups},
+               {reinterpret_cast<float*>(v), v_stride, groups}, size,
+               {reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), rotated}, rotate_keys, slots,
+               rows, {reinterpret_cast<void*>(k_pages), reinterpret_cast<void*>(v_pages), pages, page, bf16});
 }
 
 HASTEN_KERNELS(m) { m.def("rope_append", &rope_append); }

@@ -120,6 +120,10 @@ class DenseKernel(AttentionKernel):
             return self._blocks(plan, q_THD, pages, spec, selection)
         raise UnsupportedError(f"{type(self).__name__} cannot read a {type(selection).__name__}")
 
+    def reading(self, plan: DensePlan, spec: AttentionSpec) -> PiecePlan | None:
+        # A subclass with a ``run`` of its own reads in its own way.
+        return plan.part(spec) if type(self).run is DenseKernel.run else None
+
     def _tokens(
         self,
         plan: DensePlan,

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+from hasten.attention.pieces import PiecePlan
 from hasten.attention.policy import Selection
 
 
@@ -42,6 +43,13 @@ class AttentionKernel(ABC):
         ``observe(layer, probs_THL, layout)`` is called for a `DenseScores` selection.
         Raises `UnsupportedError` for a selection type it cannot read.
         """
+
+    def reading(self, plan: Any, spec: AttentionSpec) -> PiecePlan | None:
+        """The work list by which ``run`` reads a `Dense` selection, if `attend_pieces` and `merge` are all it does.
+
+        Then a whole step can run natively, without calling ``run`` per layer. None: it has to be called.
+        """
+        return None
 
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended; drop what was kept for it."""

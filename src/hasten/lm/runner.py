@@ -1,7 +1,8 @@
 """The runner: one step of the model over a ragged batch of chunks, on the paged KV cache.
 
 Per layer: hooks -> attention (rotate, append to the pages, ask the policy, run the kernel) -> MLP. Then the logits
-of the rows somebody asked for. Without hooks and policies none of their branches is entered.
+of the rows somebody asked for. Without hooks and policies none of their branches is entered: then, on packed weights
+and plain pages, the whole step is one native call (see `hasten.lm.native`).
 
 Where a hook drops rows or skips attention, a layer holds fewer tokens of a sequence than another layer does. Then the
 layer gets its own `StepLayout` (its lengths and slots), built once per step for all layers that agree.
@@ -24,8 +25,10 @@ from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import StepLayout
 from hasten.attention.policy import AttentionPolicy, Dense, DensePolicy
 from hasten.core.errors import UnsupportedError
+from hasten.kernels.block import Reading
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.layers.hook import LayerHook
+from hasten.lm.native import Layer, NativeStack, native_layers
 from hasten.models.decoder import Decoder
 
 _DENSE = Dense()
@@ -63,6 +66,11 @@ class Runner:
         # The dense policy answers the same for every layer: not asking it is the same thing, for free.
         self.policy = None if policy is None or type(policy) is DensePolicy else policy
         self.hooks = tuple(hooks)
+        native = native_layers(decoder)
+        self.layers: Sequence[Layer] = native or tuple(decoder.layers)  # type: ignore[arg-type]
+        self._stack: NativeStack | None = None
+        if native and not self.hooks and self.policy is None and cache.format.plain:
+            self._stack = NativeStack(decoder, native, cache.format)
         count = decoder.config.num_layers
         self._hooks_at = {
             layer: found
@@ -83,9 +91,9 @@ class Runner:
         x_TE = self._embed(chunks)
         if self.hooks or self.policy is not None:
             x_TE = self._walk(step, x_TE)
-        else:
-            for layer in self.decoder.layers:
-                x_TE = layer.mlp(layer.attention(x_TE, step.position_T, step.attend))  # type: ignore[operator]
+        elif self._stack is None or not step.run_stack(self._stack, x_TE):
+            for layer in self.layers:
+                x_TE = layer.mlp(layer.attention(x_TE, step.position_T, step.attend))
         step.commit()
         row_R = step.logit_rows()
         if row_R.numel() == 0:
@@ -119,7 +127,7 @@ class Runner:
         if self.policy is not None:
             self.policy.begin_step(step.layout)
         count = self.decoder.config.num_layers
-        for index, layer in enumerate(self.decoder.layers):
+        for index, layer in enumerate(self.layers):
             skip_attention = skip_mlp = False
             for hook in self._hooks_at.get(index, ()):
                 layout = step.layout_of(index)
@@ -133,9 +141,9 @@ class Runner:
             if skip_attention:
                 step.skipped(index)
             else:
-                x_TE = layer.attention(x_TE, step.position_T, step.attend)  # type: ignore[operator]
+                x_TE = layer.attention(x_TE, step.position_T, step.attend)
             if not skip_mlp:
-                x_TE = layer.mlp(x_TE)  # type: ignore[operator]
+                x_TE = layer.mlp(x_TE)
         for hook in self._hooks_at.get(count, ()):
             x_TE = hook.before(count, x_TE, step.layout_of(count))
         if self.policy is not None:
@@ -265,6 +273,28 @@ class _Step:
 
     # -- attention ----------------------------------------------------------------------------------------------
 
+    def run_stack(self, native: NativeStack, x_TE: Tensor) -> bool:
+        """Run all layers on ``x_TE`` in place, if each of them only reads what a work list says; whether it did."""
+        if self.lack_LS is not None:
+            return False
+        plan = self._plan(self.layout)
+        readings = []
+        for layer in native.spec_layers:
+            spec = self.decoder.config.attention(layer)
+            part = self.kernel.reading(plan, spec)
+            if part is None:
+                return False
+            readings.append(Reading(part.work, spec.scale, spec.softcap, part.entry_start_T1, part.entry_E))
+        tables = [self._rope(layer, self.layout) for layer in native.rope_layers]
+        native.stack.step(x_TE, self.layout.slot_T, tables, readings)
+        return True
+
+    def _plan(self, layout: StepLayout) -> Any:
+        plan = self._plans.get(id(layout))
+        if plan is None:
+            plan = self._plans[id(layout)] = self.kernel.plan(layout)
+        return plan
+
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, position_T: Tensor) -> Tensor:
         """The `Attend` of this step: rotate, append, select, read."""
         layout = self.layout if self.lack_LS is None else self.layout_of(layer)
@@ -272,9 +302,7 @@ class _Step:
         q_THD, k_TGD = self.format.rotate_append(layer, q_THD, k_TGD, v_TGD, cos_TR, sin_TR, layout)
         pages = self.format.pages(layer)
         spec = self.decoder.config.attention(layer)
-        plan = self._plans.get(id(layout))
-        if plan is None:
-            plan = self._plans[id(layout)] = self.kernel.plan(layout)
+        plan = self._plan(layout)
         if self.policy is None:
             return self.kernel.run(plan, layer, q_THD, pages, layout, spec, _DENSE)
         self.policy.on_append(layer, k_TGD, layout)

@@ -21,6 +21,9 @@ class KVFormat(ABC):
     """Storage of all layers' pages. Allocated once; pages are named by integer ids shared by all layers."""
 
     pre_rope: bool = False  # True: keys arrive unrotated and the kernel rotates them when reading
+    plain: bool = (
+        False  # True: pages are `KVPages`, and appending is no more than writing rotated keys and values
+    )
 
     @abstractmethod
     def allocate(self, layers: int, pages: int, page_size: int, shape: HeadShape) -> None:
@@ -73,6 +76,8 @@ class KVFormat(ABC):
 
 class PlainKV(KVFormat):
     """The default: float32 or bfloat16 pages, [N, G, P, D] per layer for keys and for values."""
+
+    plain = True
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in (torch.float32, torch.bfloat16):

@@ -1,0 +1,33 @@
+// Rotary embedding and the append to the KV pages, for other kernels; see rope.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "hasten.h"
+
+namespace hasten::rope {
+
+struct Rows {  // float rows of `heads` heads; rows lie `stride` floats apart (they may be slices of a fused projection)
+  float* data;
+  std::int64_t stride;
+  int heads;
+};
+
+struct Tables {  // [rows][rotated]
+  const float *cos, *sin;
+  int rotated;
+};
+
+struct Pool {
+  void *k, *v;  // [pages][heads][page][size]
+  std::int64_t pages;
+  int page;
+  bool bf16;
+};
+
+// Raises ValueError for a slot outside the pool.
+void check_slots(const std::int64_t* slots, std::int64_t rows, std::int64_t pages, int page);
+void append(Rows q, Rows k, Rows v, int size, Tables tables, bool rotate_keys, const std::int64_t* slots,
+            std::int64_t rows, const Pool& pool);
+
+}  // namespace hasten::rope
