@@ -18,6 +18,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from hasten.kernels.vocabulary import all_finite, argmax
 from hasten.lm.request import SamplingParams, TokenLogprob
 
 _COLDEST = 1e-6
@@ -29,9 +30,9 @@ def sample(
 ) -> list[int]:
     """Choose a token per row. ``logits_RV`` float32, finite or -inf, processors applied; it is not changed."""
     if all(p.temperature == 0 for p in params):
-        return logits_RV.argmax(-1).tolist()
+        return argmax(logits_RV).tolist()
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
-    tokens = logits_RV.argmax(-1) if len(drawn) < len(params) else torch.empty(len(params), dtype=torch.int64)
+    tokens = argmax(logits_RV) if len(drawn) < len(params) else torch.empty(len(params), dtype=torch.int64)
     row_R = torch.tensor(drawn)
     chosen = [params[i] for i in drawn]
     # Below the least temperature the division would overflow; there, sampling is greedy but for ties already.
@@ -108,9 +109,7 @@ def _nucleus(logits_RV: Tensor, top_p_R1: Tensor) -> Tensor:
 
 def non_finite_rows(logits_RV: Tensor) -> list[int]:
     """Rows that hold NaN or infinity."""
-    total_R = logits_RV.sum(-1)
-    bad_R = ~torch.isfinite(total_R)
-    return bad_R.nonzero()[:, 0].tolist() if bool(bad_R.any()) else []
+    return [row for row, finite in enumerate(all_finite(logits_RV).tolist()) if not finite]
 
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
