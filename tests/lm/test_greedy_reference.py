@@ -30,7 +30,6 @@ def reference(default_model_path):
 
 @pytest.mark.timeout(600)
 def test_greedy_tokens_equal_transformers(default_model_path, documentation, reference):
-    torch.set_num_threads(2)
     llm = LLM(default_model_path, dtype="float32", kv_tokens=20 * 512)
     texts = prompts("test", 20)
     asked = [llm.chat_prompt([{"role": "user", "content": t}]) if i % 2 else t for i, t in enumerate(texts)]
