@@ -8,8 +8,11 @@ import tokenizers
 import torch
 from tokenizers import pre_tokenizers
 
+from hasten.lm.llm import LLM
+from hasten.lm.request import SamplingParams
 from hasten.models.checkpoint import load_decoder, open_checkpoint
 from hasten.models.store import resolve
+from hasten.workloads.corpus import prompts as corpus_prompts
 
 pytestmark = pytest.mark.model
 
@@ -103,11 +106,15 @@ def test_chat_template_equals_transformers(checkpoint, reference_tokenizer, prom
         assert tokenizer.apply_chat(chat, add_generation_prompt=prompt) == expected
 
 
-def test_logits_and_greedy_tokens_equal_transformers(checkpoint, transformers, greedy):
-    """64 tokens decoded with cached keys here; the reference, shown them, would have chosen each one too."""
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
+@pytest.fixture(scope="module")
+def reference(checkpoint, transformers):
+    return transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.path.parent, gguf_file=checkpoint.path.name, dtype=torch.float32
     ).eval()
+
+
+def test_logits_and_greedy_tokens_equal_transformers(checkpoint, reference, greedy):
+    """64 tokens decoded with cached keys here; the reference, shown them, would have chosen each one too."""
     decoder = load_decoder(checkpoint)
     tokenizer = checkpoint.tokenizer()
     for prompt in PROMPTS:
@@ -119,3 +126,32 @@ def test_logits_and_greedy_tokens_equal_transformers(checkpoint, transformers, g
             logits = decoder(sequence)
         torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
         assert expected[0, len(ids) - 1 : -1].argmax(-1).tolist() == chosen
+
+
+TOKENS, TIE = 64, 1e-4
+
+
+@pytest.mark.timeout(600)
+def test_engine_s_greedy_tokens_equal_transformers(default_model_path, documentation, reference):
+    """64 greedy tokens of 20 real prompts, decoded together by the engine's float32 path.
+
+    The reference is run once over each prompt with our answer behind it. If it would have chosen, at every place, the
+    token that stands there, then by induction its greedy answer is ours. Where the reference's two best logits differ
+    by less than 1e-4, another reduction order may choose the other one, and both count as right.
+    """
+    llm = LLM(default_model_path, dtype="float32", kv_tokens=20 * 512)
+    texts = corpus_prompts("test", 20)
+    asked = [llm.chat_prompt([{"role": "user", "content": t}]) if i % 2 else t for i, t in enumerate(texts)]
+    params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    answers = llm.generate(asked, params)
+    assert len({a.token_ids for a in answers}) == 20
+    for answer in answers:
+        ids = [*answer.prompt_token_ids, *answer.token_ids]
+        with torch.inference_mode():
+            logits = reference(torch.tensor([ids[:-1]])).logits[0, len(answer.prompt_token_ids) - 1 :]
+        best = logits.topk(2, dim=-1)
+        chosen = logits.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert len(chosen) == TOKENS
+        assert ((best.values[:, 0] - chosen) < TIE).all()
+    again = llm.generate(asked[:2], params)
+    assert [a.token_ids for a in again] == [a.token_ids for a in answers[:2]]
