@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from hasten.cli.batch import batch
 from hasten.cli.bench import bench
+from hasten.cli.bench_kernels import bench_kernels
 from hasten.cli.chat import chat
 from hasten.cli.compare import compare
 from hasten.cli.demo import demo
@@ -52,6 +53,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(batch)
 app.command()(bench)
+app.command("bench-kernels")(bench_kernels)
 app.command()(compare)
 app.command()(report)
 app.command()(demo)
