@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs native clean peers
+.PHONY: demo test lint docs native sanitize clean peers
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,17 @@ native:
 	cmake -S native -B build/native -DPython_EXECUTABLE=$(shell command -v $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)))
 	cmake --build build/native --parallel
 	cmake --install build/native --prefix src
+
+# The native tests on modules built with the address and undefined-behaviour sanitizers (some ten minutes).
+SANITIZE := build/sanitize
+sanitize: $(STAMP)
+	cmake -S native -B $(SANITIZE) -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DHASTEN_SANITIZE=ON
+	cmake --build $(SANITIZE) --parallel
+	rm -rf $(SANITIZE)/src && cp -r src $(SANITIZE)/src
+	cmake --install $(SANITIZE) --prefix $(SANITIZE)/src
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZE)/src \
+	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider -n 2
 
 clean:
 	rm -rf build dist site $(VENV)
