@@ -206,7 +206,7 @@ class Busyness:
 class BusyMonitor:
     """Accounts CPU time of everybody but this process and its children between `start` and `stop`.
 
-    Children must live through the whole window to be recognised as ours.
+    A child that ends in between is recognised as ours once this process has waited for it.
     """
 
     def __init__(self) -> None:
@@ -222,7 +222,8 @@ class BusyMonitor:
             raise RuntimeError("BusyMonitor.stop called before start")
         before, after = self._before, _snapshot()
         seconds = max(time.monotonic() - self._began, 1e-6)
-        mine = sum(after.mine.values()) - sum(before.mine.get(key, 0.0) for key in after.mine)
+        # What a child that ended had used before moves from `mine` to `reaped`, so all of `before.mine` counts.
+        mine = sum(after.mine.values()) + after.reaped - sum(before.mine.values()) - before.reaped
         rest = []
         for key, (name, used) in after.others.items():
             spent = (used - before.others.get(key, (name, 0.0))[1]) / seconds
@@ -253,6 +254,7 @@ class _Snapshot:
     busy: float
     steal: float
     mine: dict[_Key, float]
+    reaped: float  # of our children that ended and were waited for
     others: dict[_Key, tuple[str, float]]
 
 
@@ -273,4 +275,6 @@ def _snapshot() -> _Snapshot:
             others[key] = (info["name"] or "?", used)
     times = psutil.cpu_times()
     busy = times.user + times.system + getattr(times, "nice", 0.0)
-    return _Snapshot(busy, getattr(times, "steal", 0.0), mine, others)
+    own_times = me.cpu_times()
+    reaped = own_times.children_user + own_times.children_system
+    return _Snapshot(busy, getattr(times, "steal", 0.0), mine, reaped, others)
