@@ -48,5 +48,16 @@ sanitize: $(STAMP)
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZE)/src \
 	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider -n 2
 
+# Other engines to measure against, each in an environment of its own. llama.cpp compiles for some minutes, once.
+PEERS ?= .peers
+
+peers: $(patsubst benchmarks/peers/requirements/%.txt,$(PEERS)/%/.installed,$(wildcard benchmarks/peers/requirements/*.txt))
+
+$(PEERS)/%/.installed: benchmarks/peers/requirements/%.txt constraints.txt
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "llama.cpp needs a C++ compiler: apt-get install g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" nice $(@D)/bin/python -m pip install --progress-bar on -c constraints.txt -r $<
+	touch $@
+
 clean:
 	rm -rf build dist site $(VENV)

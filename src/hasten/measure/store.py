@@ -146,9 +146,10 @@ class ResultStore:
                         db.execute(statement)
 
     def _version(self, db: sqlite3.Connection) -> int:
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        # The mark last: whoever makes the tables sets it in the same transaction, so tables seen first have their mark.
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        application = db.execute("PRAGMA application_id").fetchone()[0]
         if application != _APPLICATION_ID and (tables or version):
             raise MeasureError(f"{self.path} is a database of another program; choose another file")
         if version > _VERSION:

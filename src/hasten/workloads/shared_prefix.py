@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from hasten.core.plan import Plan
-from hasten.workloads.corpus import Document, sections
+from hasten.models.tokenizer import Tokenizer
+from hasten.workloads.corpus import sections
 from hasten.workloads.forks import score_forks
 from hasten.workloads.language import LanguageOptions, LanguageSession, LanguageWorkload, generate, perplexity
 from hasten.workloads.text import Text
@@ -54,16 +55,33 @@ class Task:
         return [self.prefix + question for question in self.questions]
 
 
+def documents(tokenizer: Tokenizer, questions: int) -> Text:
+    """The documents that have enough sections to ask about."""
+    return Text(tokenizer, only=lambda document: len(list(sections(document))) >= questions)
+
+
+def task(text: Text, number: int, options: SharedPrefixOptions) -> Task:
+    """The ``number``-th task: each has a window of its own."""
+    document, prefix = text.placed(options.prefix_tokens, 1, skip=number)[0]
+    encode = text.tokenizer.encode
+    found = list(sections(document))[: options.questions]
+    return Task(
+        prefix,
+        [encode(_QUESTION.format(heading=section.heading)) for section in found],
+        [encode(" " + section.passage)[: options.quality_tokens] for section in found],
+    )
+
+
 class SharedPrefixSession(LanguageSession[SharedPrefixOptions]):
     runs = 0
 
     def __init__(self, plan: Plan, options: SharedPrefixOptions) -> None:
         super().__init__(plan, options)
-        self.text = Text(self.llm.tokenizer, only=self._has_enough_sections)
+        self.text = documents(self.llm.tokenizer, options.questions)
 
     def run(self) -> Run:
         # The first tasks are kept for quality and facts: a timed run must not find them in the prefix cache.
-        prompts = self._task(self.options.quality_documents + self.runs).prompts()
+        prompts = task(self.text, self.options.quality_documents + self.runs, self.options).prompts()
         self.runs += 1
         began = time.perf_counter()
         done = generate(self.llm, prompts, self.options.tokens)
@@ -76,22 +94,9 @@ class SharedPrefixSession(LanguageSession[SharedPrefixOptions]):
     def quality(self) -> float:
         scores = []
         for number in range(self.options.quality_documents):
-            task = self._task(number)
-            scores += score_forks(self.llm.engine, task.prefix, task.questions, task.answers)
+            asked = task(self.text, number, self.options)
+            scores += score_forks(self.llm.engine, asked.prefix, asked.questions, asked.answers)
         return perplexity(scores)
 
     def questions(self) -> tuple[list[list[int]], int]:
-        return self._task(0).prompts(), self.options.tokens
-
-    def _has_enough_sections(self, document: Document) -> bool:
-        return len(list(sections(document))) >= self.options.questions
-
-    def _task(self, number: int) -> Task:
-        document, prefix = self.text.placed(self.options.prefix_tokens, 1, skip=number)[0]
-        encode = self.llm.tokenizer.encode
-        found = list(sections(document))[: self.options.questions]
-        return Task(
-            prefix,
-            [encode(_QUESTION.format(heading=section.heading)) for section in found],
-            [encode(" " + section.passage)[: self.options.quality_tokens] for section in found],
-        )
+        return task(self.text, 0, self.options).prompts(), self.options.tokens
