@@ -99,14 +99,16 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
         progress.step("prompts")
         prompts = Prompts(files.checkpoint.tokenizer())
         inputs = [prompts.of(job, runs) for job in wanted]
-        quality = qualities(specs, _quality_input(prompts, wanted, sizes), setup, progress)
+        quality = qualities(specs, _quality_input(prompts, sizes), setup, progress)
         measured = [
             run_job(job, specs, given, setup, progress) for job, given in zip(wanted, inputs, strict=True)
         ]
     found = [row for one in measured for row in rows.rows(one, quality)]
     found.sort(key=lambda row: CASES.index(row.case))  # stable: a job may serve two cases
     record = _record(chosen, here, measured, quality, found, before.reasons)
-    Console().print(rows.table(found, f"{record['model']}, {threads} threads, {chosen.pairs} pairs"))
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(rows.table(found, f"{record['model']}, {threads} threads, {chosen.pairs} pairs"))
     for row in found:
         if row.reason:
             print(f"{row.label}, {row.engine}: {row.reason}", file=sys.stderr)

@@ -69,6 +69,22 @@ def test_our_own_children_are_not_somebody_else():
     assert spinner.pid not in [pid for _, pid, _ in seen.processes]
 
 
+def test_our_own_children_that_ended_are_not_somebody_else(monkeypatch):
+    """One lived before the window and ended within, after 5 + 3 s; one lived within it, for 2 s."""
+    me, child, other = (1, 0.0), (2, 0.0), (3, 0.0)
+    others = {other: ("cc1plus", 7.0)}
+    before = environment._Snapshot(100.0, 0.0, {me: 1.0, child: 5.0}, 4.0, others)
+    after = environment._Snapshot(106.5, 0.0, {me: 1.5}, 4.0 + 8.0 + 2.0, {other: ("cc1plus", 8.0)})
+    snapshots, times = iter([before, after]), iter([0.0, 10.0])
+    monkeypatch.setattr(environment, "_snapshot", lambda: next(snapshots))
+    monkeypatch.setattr(environment.time, "monotonic", lambda: next(times))
+    monitor = BusyMonitor()
+    monitor.start()
+    seen = monitor.stop()
+    assert seen.others == pytest.approx(0.1)  # 6.5 s were used, 5.5 of them by us
+    assert seen.processes == (("cc1plus", 3, 0.1),)
+
+
 def test_stop_before_start():
     with pytest.raises(RuntimeError, match="before start"):
         BusyMonitor().stop()

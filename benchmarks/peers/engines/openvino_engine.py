@@ -12,7 +12,11 @@ _ALL_AT_ONCE = 1 << 20  # prompt tokens of one step: its own pipeline for one us
 
 
 class OpenVINOEngine(Engine):
-    """Weights as the reader of GGUF files keeps them, KV cache in the CPU plugin's default precision."""
+    """Weights as the reader of GGUF files keeps them, everything else as the CPU plugin chooses.
+
+    It looks for cached blocks when a request is submitted, so with the prefix cache the shared prefix is read by a
+    request of its own before the questions are.
+    """
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
@@ -37,6 +41,8 @@ class OpenVINOEngine(Engine):
         config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
         given = [self._tensor(prompt) for prompt in prompts]
         clock = Clock(len(prompts))
+        if shared and self.limits.prefix_cache:
+            self._read(prompts[0][:shared])
         handles = [self._submit(tensor, config) for tensor in given]
         while self.pipeline.has_non_finished_requests():
             self.pipeline.step()
@@ -63,6 +69,13 @@ class OpenVINOEngine(Engine):
                 raise UnsupportedError("this release does not echo the prompt with its log-probabilities")
             out.append(logprobs[context : len(text)])
         return out
+
+    def _read(self, prefix: Sequence[int]) -> None:
+        config = self.genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = 1, True, False
+        self._submit(self._tensor(prefix), config)
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
 
     def _tensor(self, ids: Sequence[int]) -> Any:
         import numpy
