@@ -56,6 +56,7 @@ peers: $(patsubst benchmarks/peers/requirements/%.txt,$(PEERS)/%/.installed,$(wi
 $(PEERS)/%/.installed: benchmarks/peers/requirements/%.txt constraints.txt
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "llama.cpp needs a C++ compiler: apt-get install g++" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(PEERS)/.gitignore
 	CMAKE_ARGS="-DGGML_NATIVE=ON" nice $(@D)/bin/python -m pip install --progress-bar on -c constraints.txt -r $<
 	touch $@
 
