@@ -40,7 +40,10 @@ class Setup:
         if spec.reads in self.problems:
             raise self.problems[spec.reads]
         process = spec.process(self.home, threads=self.threads, cpus=self.cpus, timeout=self.timeout)
-        return stack.enter_context(process)
+        try:
+            return stack.enter_context(process)
+        except OSError as error:
+            raise MeasureError(f"{process.command[0]} cannot be started: {error.strerror or error}") from None
 
     def load(self, spec: EngineSpec, process: ChildProcess, context: int, job: Job | None = None) -> float:
         """Load within what ``job`` needs; the peak RSS of that in MiB."""

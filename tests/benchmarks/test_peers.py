@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import catalogue, rows
+from benchmarks.peers import catalogue, files, rows
 from benchmarks.peers.catalogue import OURS, EngineSpec, engines
-from benchmarks.peers.engines.engine import Clock
+from benchmarks.peers.engines.engine import Clock, Limits
 from benchmarks.peers.jobs import CASES, Sizes, jobs
 from benchmarks.peers.measure import Quality, QualityInput, Setup, qualities, run_job
 from benchmarks.peers.progress import Progress
@@ -18,6 +20,7 @@ from lm_tiny import write_checkpoint
 
 from hasten.core.errors import MeasureError, ModelError, NotBuiltError, UnknownNameError, UnsupportedError
 from hasten.measure.environment import Busyness
+from hasten.models.checkpoint import open_checkpoint
 
 SMALL = Sizes(
     decode=(4, 8),
@@ -274,6 +277,17 @@ def test_an_engine_that_is_not_installed_says_how_to_install_it(tmp_path):
         spec.python(tmp_path)
 
 
+def test_an_interpreter_that_does_not_start(tmp_path):
+    folder = tmp_path / "broken"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text("no program")
+    (folder / ".installed").touch()
+    spec = EngineSpec("broken", "peer_fakes:Fake", "broken", "model")
+    _, row, _ = rows.rows(measure(tmp_path, job_of("decode"), spec, pairs=1), {})
+    assert row.state == "failed"
+    assert "python cannot be started" in row.reason
+
+
 def test_weights_that_could_not_be_made_are_the_reason(tmp_path):
     spec = EngineSpec("needs ct2", "peer_fakes:Fake", None, "ct2")
     problems = {"ct2": MeasureError("the converter failed")}
@@ -289,6 +303,35 @@ def test_without_hasten_there_are_figures_but_no_ratios(tmp_path):
     assert ours.state == "failed"
     assert slow.value == pytest.approx(50)
     assert slow.ratio is None
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_weights_as_a_hugging_face_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SHARD", 100_000)
+    source = open_checkpoint(write_checkpoint(tmp_path / "tiny"))
+    (tmp_path / "written").mkdir()
+    files.write_hf(tmp_path / "written", source)
+    written = open_checkpoint(tmp_path / "written")
+    assert len(written.files()) > 2
+    assert set(written.names()) == set(source.names())
+    assert all(torch.equal(written.tensor(name), source.tensor(name)) for name in source.names())
+    assert written.tokenizer().encode("the sea") == source.tokenizer().encode("the sea")
+
+
+def test_models_that_are_no_gguf_file_are_said_to_be_none(tmp_path, monkeypatch, hasten_home):
+    found = files.ModelFiles(str(write_checkpoint(tmp_path / "tiny")), tmp_path)
+    found.prepare(engines())
+    assert set(found.paths) == {"model", "hf"}
+    assert "make peers" in str(found.problems["ct2"])
+    with pytest.raises(UnsupportedError, match="reads gguf files and this model is none"):
+        Limits(found.paths, threads=1, context=1).file("gguf")
+
+
+def test_a_converter_that_fails_says_what_it_printed():
+    with pytest.raises(MeasureError, match="(?s)failed with code 7:.*no such layer"):
+        files._run([sys.executable, "-c", "import sys; print('no such layer', file=sys.stderr); sys.exit(7)"])
 
 
 # -- quality ---------------------------------------------------------------------------------------------------------
