@@ -23,7 +23,7 @@ class EngineSpec:
 
     entry: ``module:Class`` of its `Engine`. environment: folder of its virtual environment in the peers' folder; None
     is this one. reads: which kind of model file it opens. prefix_cache: ``never``, ``shared`` (in jobs that share a
-    prefix) or ``only shared`` (the same, and it takes part in no other job).
+    prefix) or ``only shared`` (the same, and it takes part in no other job). like: the engine whose quality is its own.
     """
 
     name: str
@@ -31,6 +31,12 @@ class EngineSpec:
     environment: str | None
     reads: Literal["model", "gguf", "hf", "ct2"]
     prefix_cache: Literal["never", "shared", "only shared"] = "shared"
+    like: str = ""
+
+    @property
+    def quality(self) -> str:
+        """The name under which its quality is kept."""
+        return self.like or self.name
 
     def python(self, home: Path) -> str:
         """Its interpreter. `NotBuiltError` when it is not installed."""
@@ -68,7 +74,12 @@ ENGINES = {
         EngineSpec("llama.cpp", _MODULES + "llama_cpp_engine:LlamaCppEngine", "llama_cpp", "gguf"),
         EngineSpec("openvino", _MODULES + "openvino_engine:OpenVINOEngine", "openvino", "gguf", "never"),
         EngineSpec(
-            "openvino-prefix", _MODULES + "openvino_engine:OpenVINOEngine", "openvino", "gguf", "only shared"
+            "openvino-prefix",
+            _MODULES + "openvino_engine:OpenVINOEngine",
+            "openvino",
+            "gguf",
+            "only shared",
+            like="openvino",
         ),
         EngineSpec("ctranslate2", _MODULES + "ctranslate2_engine:CTranslate2Engine", "ctranslate2", "ct2"),
         EngineSpec("transformers", _MODULES + "transformers_engine:TransformersEngine", "transformers", "hf"),

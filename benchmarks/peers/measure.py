@@ -213,7 +213,7 @@ def qualities(
     out: dict[str, Quality] = {}
     reference: list[list[int]] = []
     for spec in (REFERENCE, *specs):
-        if spec.prefix_cache == "only shared":
+        if spec.quality in out:
             continue
         progress.step(f"quality of {spec.name}")
         try:
@@ -221,13 +221,13 @@ def qualities(
         except HastenError as error:
             if spec is REFERENCE:
                 raise
-            out[spec.name] = Quality(None, None, judge(error, spec)[1])
+            out[spec.quality] = Quality(None, None, judge(error, spec)[1])
             continue
         finally:
             progress.advance()
         reference = reference or answers
         _, leading = agreement(answers, reference)
-        out[spec.name] = Quality(round(leading / given.tokens, 4), *found)
+        out[spec.quality] = Quality(round(leading / given.tokens, 4), *found)
     return out
 
 

@@ -59,7 +59,7 @@ def rows(measured: Measured, qualities: Mapping[str, Quality]) -> list[Row]:
                     **_figure(figure, values),
                     engine=lane.spec.name,
                     ratio=None if own else _ratio(figure, theirs[OURS.name], values),
-                    quality=qualities.get(lane.spec.name.removesuffix("-prefix"), _NO_QUALITY),
+                    quality=qualities.get(lane.spec.quality, _NO_QUALITY),
                     alike=None if own else _alike(ours, lane),
                     version=str(lane.facts.get("version", "")),
                     settings=str(lane.facts.get("settings", "")),

@@ -330,7 +330,7 @@ def test_models_that_are_no_gguf_file_are_said_to_be_none(tmp_path, monkeypatch,
 
 
 def test_a_converter_that_fails_says_what_it_printed():
-    with pytest.raises(MeasureError, match="(?s)failed with code 7:.*no such layer"):
+    with pytest.raises(MeasureError, match=r"(?s)failed with code 7:.*no such layer"):
         files._run([sys.executable, "-c", "import sys; print('no such layer', file=sys.stderr); sys.exit(7)"])
 
 
@@ -340,7 +340,7 @@ def test_a_converter_that_fails_says_what_it_printed():
 def test_quality_is_agreement_with_the_reference_and_perplexity(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.peers.measure.REFERENCE", fake("Fake", "reference"))
     given = QualityInput([[1, 2], [3, 4]], 5, [[1, 2, 3, 4]], 2)
-    specs = [OUR_FAKE, fake("Slow"), fake("Dies"), fake("Fake", "again", prefix_cache="only shared")]
+    specs = [OUR_FAKE, fake("Slow"), fake("Dies"), fake("Fake", "again", like="slow")]
     found = qualities(specs, given, setup(tmp_path), Progress(1, shown=False))
     assert list(found) == ["reference", "hasten", "slow", "dies"]
     assert found["hasten"].agreement == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.peers.engines.engine import Answer, Clock, Engine, Limits
@@ -55,7 +55,8 @@ class LlamaCppEngine(Engine):
         clock = Clock(len(prompts))
         start = shared if self.limits.prefix_cache else 0
         if start:
-            self._read([(prompts[0][i], i, 0, False) for i in range(start)])
+            for _ in self._read([(prompts[0][i], i, 0, False) for i in range(start)]):
+                pass
             for number in range(1, len(prompts)):
                 c.llama_memory_seq_cp(memory, 0, number, 0, start)
         chosen: dict[int, int] = {}
@@ -77,8 +78,9 @@ class LlamaCppEngine(Engine):
                 clock.hear(number, [token])
         return clock.answer(tokens)
 
-    def _read(self, rows: Sequence[tuple[int, int, int, bool]]) -> Iterable[tuple[int, int]]:
-        """Run rows of (token, position, sequence, wanted); yields (sequence, most probable next) of the wanted."""
+    def _read(self, rows: Sequence[tuple[int, int, int, bool]]) -> Iterator[tuple[int, int]]:
+        """Run rows of (token, position, sequence, wanted) in batches, as the iterator goes; (sequence, most probable
+        next token) of the wanted ones."""
         for start in range(0, len(rows), _BATCH):
             part = rows[start : start + _BATCH]
             self._decode(part)
