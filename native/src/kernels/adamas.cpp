@@ -65,38 +65,177 @@ void encode_head(const float* x, int size, float cut, std::uint8_t* planes) {
   }
 }
 
-// A plane as 64-bit words; sizes below 64 are padded with zeros, which add nothing to a distance.
-template <int Words>
-struct Code {
-  std::uint64_t high[Words];
-  std::uint64_t low[Words];
+// Distances of one row and kv head. `query` points at `heads` codes of 2 B bytes; with `sum` the heads' distances are
+// added into out[0..count), else head h writes out[h * stride + 0..count). Keys are `count` codes, one after the other.
+struct Query {
+  const std::uint8_t* codes;
+  int heads, bytes;
+  bool corrected, sum;
 };
 
-template <int Words>
-inline Code<Words> load_code(const std::uint8_t* p, int bytes) {
-  Code<Words> code{};
-  if (bytes == 8 * Words) {
-    std::memcpy(code.high, p, 8 * Words);
-    std::memcpy(code.low, p + 8 * Words, 8 * Words);
-  } else {
-    std::memcpy(code.high, p, static_cast<std::size_t>(bytes));
-    std::memcpy(code.low, p + bytes, static_cast<std::size_t>(bytes));
+// Planes in 64-bit words; sizes below 64 are padded with zeros, which add nothing to a distance.
+void distances_by_word(const Query& query, const std::uint8_t* keys, int count, std::uint16_t* out, std::int64_t stride) {
+  const int bytes = query.bytes;
+  auto word = [bytes](const std::uint8_t* plane, int at) {
+    std::uint64_t w = 0;
+    std::memcpy(&w, plane + at, static_cast<std::size_t>(std::min(8, bytes - at)));
+    return w;
+  };
+  for (int h = 0; h < query.heads; ++h) {
+    const std::uint8_t* q = query.codes + 2 * h * bytes;
+    std::uint16_t* to = query.sum ? out : out + h * stride;
+    const bool add = query.sum && h > 0;
+    for (int i = 0; i < count; ++i) {
+      const std::uint8_t* k = keys + static_cast<std::int64_t>(i) * 2 * bytes;
+      int total = 0;
+      for (int at = 0; at < bytes; at += 8) {
+        const std::uint64_t high = word(q, at), low = word(q + bytes, at);
+        const std::uint64_t x0 = low ^ word(k + bytes, at), x1 = high ^ word(k, at);
+        const std::uint64_t pair = query.corrected ? high ^ low : 0;
+        total += __builtin_popcountll(x0) + 2 * __builtin_popcountll(x1 & ~(x0 & pair));
+      }
+      to[i] = static_cast<std::uint16_t>(add ? to[i] + total : total);
+    }
   }
-  return code;
 }
 
-// `pair` is a1 ^ a0 of the query, or zero for the uncorrected distance.
-template <int Words>
-inline int distance(const Code<Words>& query, const std::uint64_t* pair, const Code<Words>& key) {
-  int low = 0, high = 0;
-  for (int w = 0; w < Words; ++w) {
-    std::uint64_t x0 = query.low[w] ^ key.low[w];
-    std::uint64_t x1 = query.high[w] ^ key.high[w];
-    low += __builtin_popcountll(x0);
-    high += __builtin_popcountll(x1 & ~(x0 & pair[w]));
-  }
-  return low + 2 * high;
+#if defined(__AVX2__)
+// The query of one head at D = 64: each plane in all four lanes.
+struct Wide {
+  __m256i high, low, pair;
+};
+
+Wide widen_query(const std::uint8_t* q, bool corrected) {
+  std::uint64_t high, low;
+  std::memcpy(&high, q, 8);
+  std::memcpy(&low, q + 8, 8);
+  auto all = [](std::uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); };
+  return {all(high), all(low), all(corrected ? high ^ low : 0)};
 }
+
+// Bits of `x` per byte, times the weight that is in `table` (16 counts, twice).
+inline __m256i count_bits(__m256i x, __m256i table) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble)),
+                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble)));
+}
+
+inline __m256i bit_table(int weight) {
+  const char w = static_cast<char>(weight), w2 = static_cast<char>(2 * weight), w3 = static_cast<char>(3 * weight);
+  const char w4 = static_cast<char>(4 * weight);
+  return _mm256_setr_epi8(0, w, w, w2, w, w2, w2, w3, w, w2, w2, w3, w2, w3, w3, w4,  //
+                          0, w, w, w2, w, w2, w2, w3, w, w2, w2, w3, w2, w3, w3, w4);
+}
+
+// x0 and the repaired x1 of four tokens.
+struct Unequal {
+  __m256i low, high;
+};
+
+inline Unequal unequal(const Wide& q, __m256i high, __m256i low) {
+  const __m256i x0 = _mm256_xor_si256(q.low, low), x1 = _mm256_xor_si256(q.high, high);
+  return {x0, _mm256_andnot_si256(_mm256_and_si256(x0, q.pair), x1)};
+}
+
+inline __m256i bytes_of(const Unequal& u) {
+  return _mm256_add_epi8(count_bits(u.low, bit_table(1)), count_bits(u.high, bit_table(2)));
+}
+
+// Full adder of three one-bit numbers per bit position.
+inline void add_bits(__m256i a, __m256i b, __m256i c, __m256i& sum, __m256i& carry) {
+  const __m256i half = _mm256_xor_si256(a, b);
+  sum = _mm256_xor_si256(half, c);
+  carry = _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(half, c));
+}
+
+// Distances of four tokens (one per 64-bit lane), summed over `n` heads. Three heads at a time go through a full adder:
+// four counts instead of six.
+inline __m256i four_distances(const Wide* q, int n, __m256i high, __m256i low) {
+  __m256i total = _mm256_setzero_si256();
+  int h = 0;
+  for (; h + 3 <= n; h += 3) {
+    const Unequal a = unequal(q[h], high, low), b = unequal(q[h + 1], high, low), c = unequal(q[h + 2], high, low);
+    __m256i one, two, four, twice;
+    add_bits(a.low, b.low, c.low, one, two);
+    add_bits(a.high, b.high, c.high, twice, four);
+    const __m256i some = _mm256_add_epi8(count_bits(one, bit_table(1)), count_bits(two, bit_table(2)));
+    const __m256i rest = _mm256_add_epi8(count_bits(twice, bit_table(2)), count_bits(four, bit_table(4)));
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(_mm256_add_epi8(some, rest), _mm256_setzero_si256()));
+  }
+  for (; h < n; ++h)
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(bytes_of(unequal(q[h], high, low)), _mm256_setzero_si256()));
+  return total;
+}
+
+// D = 64, sixteen tokens at a time. Vector m of four holds tokens 2m, 2m + 8, 2m + 1, 2m + 9, so that joining the four
+// as 16-bit lanes leaves the even tokens in the lower half and the odd ones in the upper.
+template <int N>
+void sixteens(const Wide* q, int n, const std::uint8_t* keys, int count, std::uint16_t* out) {
+  for (int i = 0; i + 16 <= count; i += 16) {
+    const auto* k = reinterpret_cast<const __m256i*>(keys + 16 * i);
+    __m256i joined = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) {
+      const __m256i a = _mm256_loadu_si256(k + m), b = _mm256_loadu_si256(k + 4 + m);
+      const __m256i d = four_distances(q, N > 0 ? N : n, _mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+      joined = _mm256_or_si256(joined, _mm256_slli_epi64(d, 16 * m));
+    }
+    const __m128i even = _mm256_castsi256_si128(joined), odd = _mm256_extracti128_si256(joined, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_unpacklo_epi16(even, odd));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 8), _mm_unpackhi_epi16(even, odd));
+  }
+}
+
+void distances(const Query& query, const std::uint8_t* keys, int count, std::uint16_t* out, std::int64_t stride) {
+  const int whole = query.bytes == 8 ? count / 16 * 16 : 0;
+  if (whole > 0) {
+    Wide wide[64];
+    for (int h = 0; h < query.heads; ++h) wide[h] = widen_query(query.codes + 16 * h, query.corrected);
+    if (!query.sum) {
+      for (int h = 0; h < query.heads; ++h) sixteens<1>(wide + h, 1, keys, whole, out + h * stride);
+    } else if (query.heads == 3) {
+      sixteens<3>(wide, 3, keys, whole, out);
+    } else {
+      sixteens<0>(wide, query.heads, keys, whole, out);
+    }
+  }
+  if (whole < count)
+    distances_by_word(query, keys + static_cast<std::int64_t>(whole) * 2 * query.bytes, count - whole, out + whole, stride);
+}
+
+inline __m256i load16(const std::uint16_t* d) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(d)); }
+
+// Bit 2i and 2i + 1: whether d[i] <= most (values are below 32768).
+inline std::uint32_t at_most(const std::uint16_t* d, __m256i above) {
+  return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(above, load16(d))));
+}
+
+int count_at_most(const std::uint16_t* d, int n, int most) {
+  const __m256i above = _mm256_set1_epi16(static_cast<short>(most + 1));
+  int total = 0, i = 0;
+  while (i + 16 <= n) {
+    const int stop = std::min(n, i + 16 * 32000);  // lanes count to 32767
+    __m256i counts = _mm256_setzero_si256();
+    for (; i + 16 <= stop; i += 16) counts = _mm256_sub_epi16(counts, _mm256_cmpgt_epi16(above, load16(d + i)));
+    const __m256i pairs = _mm256_madd_epi16(counts, _mm256_set1_epi16(1));
+    alignas(32) int lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), pairs);
+    for (int x : lanes) total += x;
+  }
+  for (; i < n; ++i) total += d[i] <= most;
+  return total;
+}
+#else
+void distances(const Query& query, const std::uint8_t* keys, int count, std::uint16_t* out, std::int64_t stride) {
+  distances_by_word(query, keys, count, out, stride);
+}
+
+int count_at_most(const std::uint16_t* d, int n, int most) {
+  int total = 0;
+  for (int i = 0; i < n; ++i) total += d[i] <= most;
+  return total;
+}
+#endif
 
 struct Shape {
   int rows, heads, kv_heads, page_size, bytes, table_width;
@@ -111,70 +250,54 @@ struct Inputs {
   bool corrected;
 };
 
-// Distances of tokens [begin, end) of one row and kv head. `out` holds one array per choice, `stride` apart; with
-// `sum` the query heads' distances are added into a single array.
-template <int Words>
-void distances(const Shape& s, const Inputs& in, int row, int kv_head, int begin, int end, bool sum, std::uint16_t* out,
-               std::int64_t stride) {
-  const int group = s.group(), code_bytes = 2 * s.bytes;
-  Code<Words> query[64];
-  std::uint64_t pair[64][Words];
-  for (int h = 0; h < group; ++h) {
-    const std::int64_t head = static_cast<std::int64_t>(row) * s.heads + kv_head * group + h;
-    query[h] = load_code<Words>(in.query_RH2B + head * code_bytes, s.bytes);
-    for (int w = 0; w < Words; ++w) pair[h][w] = in.corrected ? query[h].high[w] ^ query[h].low[w] : 0;
-  }
+// Distances of tokens [begin, end) of one row and kv head, page by page.
+void scan_range(const Shape& s, const Inputs& in, int row, int kv_head, int begin, int end, bool sum, std::uint16_t* out,
+                std::int64_t stride) {
+  const int group = s.group();
+  const std::int64_t code_bytes = 2 * s.bytes;
+  const Query query{in.query_RH2B + (static_cast<std::int64_t>(row) * s.heads + kv_head * group) * code_bytes, group,
+                    s.bytes, in.corrected, sum};
   const std::int32_t* table = in.table_RM + static_cast<std::int64_t>(row) * s.table_width;
   for (int token = begin; token < end;) {
     const int offset = token % s.page_size;
     const int here = std::min(end - token, s.page_size - offset);
     const std::int64_t page = table[token / s.page_size];
-    const std::uint8_t* p =
-        in.codes_NGP2B + ((page * s.kv_heads + kv_head) * s.page_size + offset) * static_cast<std::int64_t>(code_bytes);
-    for (int i = 0; i < here; ++i, p += code_bytes) {
-      const Code<Words> key = load_code<Words>(p, s.bytes);
-      if (sum) {
-        int total = 0;
-        for (int h = 0; h < group; ++h) total += distance<Words>(query[h], pair[h], key);
-        out[token + i] = static_cast<std::uint16_t>(total);
-      } else {
-        for (int h = 0; h < group; ++h)
-          out[h * stride + token + i] = static_cast<std::uint16_t>(distance<Words>(query[h], pair[h], key));
-      }
-    }
+    distances(query, in.codes_NGP2B + ((page * s.kv_heads + kv_head) * s.page_size + offset) * code_bytes, here,
+              out + token, stride);
     token += here;
   }
 }
 
-using Distances = void (*)(const Shape&, const Inputs&, int, int, int, int, bool, std::uint16_t*, std::int64_t);
-
-Distances distances_for(int bytes) {
-  if (bytes <= 8) return &distances<1>;
-  if (bytes == 16) return &distances<2>;
-  if (bytes == 32) return &distances<4>;
-  if (bytes == 64) return &distances<8>;
-  return &distances<16>;
-}
-
 // The `budget - 1` smallest distances among tokens [0, length - 1), the most recent of equal ones first, and the last
-// token; ascending. Counting selection: O(length), distances are at most `largest`.
+// token; ascending. The distances are integers up to `largest`, so bisection finds the threshold in log2(largest)
+// passes, each a count at memory speed; nothing is sorted.
 int choose(const std::uint16_t* d, int length, int budget, int largest, std::int32_t* index) {
   const int others = length - 1, wanted = std::min(budget - 1, others);
   int n = 0;
   if (wanted > 0) {
-    thread_local std::vector<int> histogram;
-    histogram.assign(static_cast<std::size_t>(largest) + 1, 0);
-    for (int j = 0; j < others; ++j) ++histogram[d[j]];
-    int threshold = 0, below = 0;
-    while (below + histogram[threshold] < wanted) below += histogram[threshold++];
-    int skip = histogram[threshold] - (wanted - below);  // oldest ties that are left out
-    for (int j = 0; j < others && n < wanted; ++j) {
-      const bool tie = d[j] == threshold;
-      const bool take = d[j] < threshold || (tie && skip <= 0);
-      skip -= tie;
-      index[n] = j;
-      n += take;
+    int low = 0, high = largest;  // the smallest threshold that at least `wanted` tokens meet
+    int reached = others;
+    while (low < high) {
+      const int middle = (low + high) / 2, count = count_at_most(d, others, middle);
+      if (count >= wanted) {
+        high = middle;
+        reached = count;
+      } else {
+        low = middle + 1;
+      }
     }
+    int skip = reached - wanted;  // oldest ties that are left out
+    auto look = [&](int j) {
+      if (d[j] < low || (d[j] == low && --skip < 0)) index[n++] = j;
+    };
+    int j = 0;
+#if defined(__AVX2__)
+    const __m256i above = _mm256_set1_epi16(static_cast<short>(low + 1));
+    for (; j + 16 <= others; j += 16)
+      for (std::uint32_t mask = at_most(d + j, above) & 0x55555555u; mask != 0; mask &= mask - 1)
+        look(j + __builtin_ctz(mask) / 2);
+#endif
+    for (; j < others; ++j) look(j);
   }
   index[n++] = length - 1;
   return n;
@@ -209,22 +332,41 @@ Shape shape_of(const Codes4& query, const Codes5& codes, const Array<std::int32_
 
 constexpr int block = 1024;  // tokens a thread scans at a time
 
+// Call in a parallel region.
 void scan(const Shape& s, const Inputs& in, bool sum, int longest, std::uint16_t* out) {
-  const Distances run = distances_for(s.bytes);
   const int choices = sum ? s.kv_heads : s.heads, per_kv = sum ? 1 : s.group();
   const int blocks = (longest + block - 1) / block;
   const std::int64_t tasks = static_cast<std::int64_t>(s.rows) * s.kv_heads * blocks;
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+#pragma omp for schedule(dynamic, 1)
   for (std::int64_t task = 0; task < tasks; ++task) {
     const int b = static_cast<int>(task % blocks), g = static_cast<int>(task / blocks % s.kv_heads);
     const int r = static_cast<int>(task / blocks / s.kv_heads);
     const int begin = b * block, end = std::min(in.length_R[r], begin + block);
     std::uint16_t* base = out + (static_cast<std::int64_t>(r) * choices + g * per_kv) * longest;
-    if (begin < end) run(s, in, r, g, begin, end, sum, base, longest);
+    if (begin < end) scan_range(s, in, r, g, begin, end, sum, base, longest);
   }
 }
 
 int longest_of(const std::int32_t* length, int rows) { return rows ? *std::max_element(length, length + rows) : 0; }
+
+void select(const Shape& s, const Inputs& in, bool per_head, int budget, std::int32_t* index, std::int32_t* count) {
+  const int choices = per_head ? s.heads : s.kv_heads;
+  const int largest = 3 * 8 * s.bytes * (per_head ? 1 : s.group());
+  require(largest < 32767, "too many query heads per kv head for summed distances");
+  const int longest = longest_of(in.length_R, s.rows);
+  nb::gil_scoped_release release;
+  thread_local std::vector<std::uint16_t> scratch;
+  scratch.resize(static_cast<std::size_t>(s.rows) * choices * longest);
+  std::uint16_t* d = scratch.data();  // threads of the team must not name the thread_local themselves
+  const std::int64_t tasks = static_cast<std::int64_t>(s.rows) * choices;
+#pragma omp parallel if (tasks * longest > 4096)
+  {
+    scan(s, in, !per_head, longest, d);
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t task = 0; task < tasks; ++task)
+      count[task] = choose(d + task * longest, in.length_R[task / choices], budget, largest, index + task * budget);
+  }
+}
 
 HASTEN_KERNELS(m) {
   m.def("hadamard_encode", [](Array<const float, -1, -1, -1> x_RHD, float cut, Codes4 out_RH2B) {
@@ -266,6 +408,7 @@ HASTEN_KERNELS(m) {
                   "out must be [rows, heads, longest]");
           const Inputs in{query_RH2B.data(), codes_NGP2B.data(), table_RM.data(), length_R.data(), corrected};
           nb::gil_scoped_release release;
+#pragma omp parallel
           scan(s, in, false, longest, out_RHL.data());
         });
 
@@ -274,24 +417,12 @@ HASTEN_KERNELS(m) {
            Array<std::int32_t, -1> length_R, bool per_head, bool corrected, Array<std::int32_t, -1, -1, -1> index_RXK,
            Array<std::int32_t, -1, -1> count_RX) {
           const Shape s = shape_of(query_RH2B, codes_NGP2B, table_RM, length_R);
-          const int choices = per_head ? s.heads : s.kv_heads, budget = dim(index_RXK, 2);
-          require(dim(index_RXK, 0) == s.rows && dim(index_RXK, 1) == choices && budget >= 1,
+          const int choices = per_head ? s.heads : s.kv_heads;
+          require(dim(index_RXK, 0) == s.rows && dim(index_RXK, 1) == choices && dim(index_RXK, 2) >= 1,
                   "index must be [rows, choices, budget]");
           require(dim(count_RX, 0) == s.rows && dim(count_RX, 1) == choices, "count must be [rows, choices]");
-          const int largest = 3 * 8 * s.bytes * (per_head ? 1 : s.group());
-          require(largest <= 65535, "too many query heads per kv head for summed distances");
-          const int longest = longest_of(length_R.data(), s.rows);
           const Inputs in{query_RH2B.data(), codes_NGP2B.data(), table_RM.data(), length_R.data(), corrected};
-          nb::gil_scoped_release release;
-          thread_local std::vector<std::uint16_t> scratch;
-          scratch.resize(static_cast<std::size_t>(s.rows) * choices * longest);
-          std::uint16_t* d = scratch.data();  // threads of the team must not name the thread_local themselves
-          scan(s, in, !per_head, longest, d);
-          const std::int64_t tasks = static_cast<std::int64_t>(s.rows) * choices;
-#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
-          for (std::int64_t task = 0; task < tasks; ++task)
-            count_RX.data()[task] = choose(d + task * longest, in.length_R[task / choices], budget, largest,
-                                           index_RXK.data() + task * budget);
+          select(s, in, per_head, dim(index_RXK, 2), index_RXK.data(), count_RX.data());
         });
 }
 
