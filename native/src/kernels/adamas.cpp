@@ -311,22 +311,24 @@ int dim(const A& a, int i) {
 using Codes4 = Array<std::uint8_t, -1, -1, 2, -1>;
 using Codes5 = Array<std::uint8_t, -1, -1, -1, 2, -1>;
 
+void check(const Shape& s, int pages, const std::int32_t* table, const std::int32_t* length) {
+  require(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query heads must be a multiple of kv heads");
+  require(s.group() <= 64, "at most 64 query heads per kv head");
+  require(s.bytes > 0 && s.bytes <= max_size / 8, "head size is at most 1024");
+  for (int r = 0; r < s.rows; ++r) {
+    const int used = (length[r] + s.page_size - 1) / s.page_size;
+    require(length[r] >= 1 && used <= s.table_width, "a length needs at least one token and its pages");
+    const std::int32_t* page = table + static_cast<std::int64_t>(r) * s.table_width;
+    for (int m = 0; m < used; ++m) require(page[m] >= 0 && page[m] < pages, "a page id lies outside the pool");
+  }
+}
+
 Shape shape_of(const Codes4& query, const Codes5& codes, const Array<std::int32_t, -1, -1>& table,
                const Array<std::int32_t, -1>& length) {
   Shape s{dim(query, 0), dim(query, 1), dim(codes, 1), dim(codes, 2), dim(query, 3), dim(table, 1)};
   require(dim(codes, 4) == s.bytes, "query and key codes differ in head size");
-  require(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query heads must be a multiple of kv heads");
-  require(s.group() <= 64, "at most 64 query heads per kv head");
-  require(s.bytes <= max_size / 8, "head size is at most 1024");
   require(dim(table, 0) == s.rows && dim(length, 0) == s.rows, "one page-table row and one length per query row");
-  for (int r = 0; r < s.rows; ++r) {
-    const int pages = (length.data()[r] + s.page_size - 1) / s.page_size;
-    require(length.data()[r] >= 1 && pages <= s.table_width, "a length needs at least one token and its pages");
-    for (int m = 0; m < pages; ++m) {
-      const std::int32_t page = table.data()[static_cast<std::int64_t>(r) * s.table_width + m];
-      require(page >= 0 && page < dim(codes, 0), "a page id lies outside the pool");
-    }
-  }
+  check(s, dim(codes, 0), table.data(), length.data());
   return s;
 }
 
@@ -354,7 +356,6 @@ void select(const Shape& s, const Inputs& in, bool per_head, int budget, std::in
   const int largest = 3 * 8 * s.bytes * (per_head ? 1 : s.group());
   require(largest < 32767, "too many query heads per kv head for summed distances");
   const int longest = longest_of(in.length_R, s.rows);
-  nb::gil_scoped_release release;
   thread_local std::vector<std::uint16_t> scratch;
   scratch.resize(static_cast<std::size_t>(s.rows) * choices * longest);
   std::uint16_t* d = scratch.data();  // threads of the team must not name the thread_local themselves
@@ -380,22 +381,24 @@ HASTEN_KERNELS(m) {
       encode_head(x_RHD.data() + i * size, size, cut, out_RH2B.data() + i * 2 * bytes);
   });
 
-  m.def("hadamard_append", [](Array<const float, -1, -1, -1> x_TGD, float cut, Codes5 codes_NGP2B,
-                              Array<const std::int64_t, -1> slot_T) {
-    const int rows = dim(x_TGD, 0), kv_heads = dim(x_TGD, 1), size = dim(x_TGD, 2);
-    const int page_size = dim(codes_NGP2B, 2), bytes = dim(codes_NGP2B, 4);
-    require(size == 8 * bytes && size <= max_size, "codes must hold head size / 8 bytes a plane");
-    require(dim(codes_NGP2B, 1) == kv_heads && dim(slot_T, 0) == rows, "codes and slots must match x");
-    const std::int64_t slots = static_cast<std::int64_t>(dim(codes_NGP2B, 0)) * page_size;
+  // Addresses where tensors would cost more than the work: float32 keys [rows, kv heads, size], codes [pages, kv heads,
+  // page size, 2, size / 8].
+  m.def("hadamard_append", [](std::uintptr_t k_TGD, float cut, std::uintptr_t codes_NGP2B,
+                              Array<const std::int64_t, -1> slot_T, int kv_heads, int size, int pages, int page_size) {
+    const int rows = dim(slot_T, 0), bytes = size / 8;
+    require(size > 0 && size % 8 == 0 && size <= max_size, "head size must be a multiple of 8, at most 1024");
+    const std::int64_t slots = static_cast<std::int64_t>(pages) * page_size;
     for (int t = 0; t < rows; ++t)
       require(slot_T.data()[t] >= 0 && slot_T.data()[t] < slots, "a slot lies outside the pool");
+    const float* k = reinterpret_cast<const float*>(k_TGD);
+    auto* codes = reinterpret_cast<std::uint8_t*>(codes_NGP2B);
     nb::gil_scoped_release release;
 #pragma omp parallel for schedule(static) if (rows * kv_heads > 256)
     for (int t = 0; t < rows; ++t) {
       const std::int64_t page = slot_T.data()[t] / page_size, offset = slot_T.data()[t] % page_size;
       for (int g = 0; g < kv_heads; ++g)
-        encode_head(x_TGD.data() + (static_cast<std::int64_t>(t) * kv_heads + g) * size, size, cut,
-                    codes_NGP2B.data() + ((page * kv_heads + g) * page_size + offset) * 2 * bytes);
+        encode_head(k + (static_cast<std::int64_t>(t) * kv_heads + g) * size, size, cut,
+                    codes + ((page * kv_heads + g) * page_size + offset) * 2 * bytes);
     }
   });
 
@@ -422,8 +425,32 @@ HASTEN_KERNELS(m) {
                   "index must be [rows, choices, budget]");
           require(dim(count_RX, 0) == s.rows && dim(count_RX, 1) == choices, "count must be [rows, choices]");
           const Inputs in{query_RH2B.data(), codes_NGP2B.data(), table_RM.data(), length_R.data(), corrected};
+          nb::gil_scoped_release release;
           select(s, in, per_head, dim(index_RXK, 2), index_RXK.data(), count_RX.data());
         });
+
+  // Encode and select in one call: float32 queries [rows, heads, size]; index int32 [rows, choices, budget].
+  m.def("hadamard_nearest", [](std::uintptr_t q_RHD, float cut, std::uintptr_t codes_NGP2B,
+                               Array<const std::int32_t, -1, -1> table_RM, Array<const std::int32_t, -1> length_R,
+                               int heads, int kv_heads, int size, int pages, int page_size, int budget, bool per_head,
+                               bool corrected, std::uintptr_t index_RXK, std::uintptr_t count_RX) {
+    const Shape s{dim(table_RM, 0), heads, kv_heads, page_size, size / 8, dim(table_RM, 1)};
+    require(size % 8 == 0, "head size must be a multiple of 8");
+    require(dim(length_R, 0) == s.rows, "one page-table row and one length per query row");
+    require(budget >= 1, "budget must be at least 1");
+    check(s, pages, table_RM.data(), length_R.data());
+    nb::gil_scoped_release release;
+    thread_local std::vector<std::uint8_t> scratch;
+    const int vectors = s.rows * heads;
+    scratch.resize(static_cast<std::size_t>(vectors) * 2 * s.bytes);
+    std::uint8_t* query = scratch.data();  // threads of the team must not name the thread_local themselves
+    const float* q = reinterpret_cast<const float*>(q_RHD);
+#pragma omp parallel for schedule(static) if (vectors > 256)
+    for (int i = 0; i < vectors; ++i)
+      encode_head(q + static_cast<std::int64_t>(i) * size, size, cut, query + static_cast<std::int64_t>(i) * 2 * s.bytes);
+    const Inputs in{query, reinterpret_cast<const std::uint8_t*>(codes_NGP2B), table_RM.data(), length_R.data(), corrected};
+    select(s, in, per_head, budget, reinterpret_cast<std::int32_t*>(index_RXK), reinterpret_cast<std::int32_t*>(count_RX));
+  });
 }
 
 }  // namespace

@@ -109,16 +109,17 @@ class AdamasPolicy(AttentionPolicy):
     ) -> Selection:
         if self.row_R is None or layer not in self.codes:
             return Dense()
-        index_RXK, count_RX = self.nearest(layer, q_THD[self.row_R])
+        every = self.row_R.numel() == layout.rows  # rows are distinct, so all of them, in order
+        index_RXK, count_RX = self.nearest(layer, q_THD if every else q_THD[self.row_R])
         return TokenSelection(self.row_R, index_RXK, count_RX)
 
     def nearest(self, layer: int, q_RHD: Tensor) -> tuple[Tensor, Tensor]:
         """(index_RXK, count_RX): the budget-1 nearest tokens of each row, and the current one."""
         assert self.table_RM is not None
         assert self.length_R is not None
-        query = codes.hadamard_encode(q_RHD.contiguous(), self.cut_q[layer])
-        return codes.hadamard_select(
-            query,
+        return codes.hadamard_nearest(
+            q_RHD,
+            self.cut_q[layer],
             self.codes[layer],
             self.table_RM,
             self.length_R,

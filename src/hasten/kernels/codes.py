@@ -38,10 +38,31 @@ def hadamard_encode(x_RHD: Tensor, cut: float) -> Tensor:
     return out_RH2B
 
 
+def _address(name: str, value: Tensor, dtype: torch.dtype, dims: int) -> int:
+    """Address of a contiguous tensor on the CPU (which crosses the native border faster than the tensor)."""
+    if value.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}, not {value.dtype}")
+    if value.dim() != dims or not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous with {dims} dimensions, not shape {tuple(value.shape)}")
+    return value.data_ptr()
+
+
 def hadamard_append(k_TGD: Tensor, cut: float, codes_NGP2B: Tensor, slot_T: Tensor) -> None:
     """Encode keys float32 [T, G, D] and write them at ``slot_T`` (int64, page * P + offset) of the sidecar."""
-    check_size(k_TGD.shape[2])
-    native().hadamard_append(k_TGD.contiguous(), _check_cut(cut), codes_NGP2B, slot_T)
+    k_TGD = k_TGD.contiguous()
+    address = _address("k_TGD", k_TGD, torch.float32, 3)
+    codes = _address("codes_NGP2B", codes_NGP2B, torch.uint8, 5)
+    rows, kv_heads, size = k_TGD.shape
+    check_size(size)
+    pages, code_heads, page_size, _, plane = codes_NGP2B.shape
+    if code_heads != kv_heads or 8 * plane != size or slot_T.shape != (rows,):
+        raise ValueError(
+            f"codes_NGP2B {tuple(codes_NGP2B.shape)} and slot_T {tuple(slot_T.shape)} do not fit k_TGD "
+            f"{tuple(k_TGD.shape)}"
+        )
+    native().hadamard_append(
+        address, _check_cut(cut), codes, slot_T.numpy(), kv_heads, size, pages, page_size
+    )
 
 
 def hadamard_distance(
@@ -82,5 +103,53 @@ def hadamard_select(
     count_RX = torch.empty(rows, choices, dtype=torch.int32)
     native().hadamard_select(
         query_RH2B, codes_NGP2B, table_RM, length_R, per_head, corrected, index_RXK, count_RX
+    )
+    return index_RXK, count_RX
+
+
+def hadamard_nearest(
+    q_RHD: Tensor,
+    cut: float,
+    codes_NGP2B: Tensor,
+    table_RM: Tensor,
+    length_R: Tensor,
+    budget: int,
+    *,
+    per_head: bool,
+    corrected: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`hadamard_encode` of float32 queries with ``cut``, then `hadamard_select`, in one native call."""
+    q_RHD = q_RHD.contiguous()
+    address = _address("q_RHD", q_RHD, torch.float32, 3)
+    codes = _address("codes_NGP2B", codes_NGP2B, torch.uint8, 5)
+    if budget < 1:
+        raise ValueError(f"budget must be at least 1, not {budget}")
+    rows, heads, size = q_RHD.shape
+    check_size(size)
+    pages, kv_heads, page_size, _, plane = codes_NGP2B.shape
+    if 8 * plane != size or table_RM.shape[0] != rows:
+        raise ValueError(
+            f"codes_NGP2B {tuple(codes_NGP2B.shape)} and table_RM {tuple(table_RM.shape)} do not fit q_RHD "
+            f"{tuple(q_RHD.shape)}"
+        )
+    choices = heads if per_head else kv_heads
+    index_RXK = torch.empty((rows, choices, budget), dtype=torch.int32)
+    count_RX = torch.empty((rows, choices), dtype=torch.int32)
+    native().hadamard_nearest(
+        address,
+        _check_cut(cut),
+        codes,
+        table_RM.numpy(),
+        length_R.numpy(),
+        heads,
+        kv_heads,
+        size,
+        pages,
+        page_size,
+        budget,
+        per_head,
+        corrected,
+        index_RXK.data_ptr(),
+        count_RX.data_ptr(),
     )
     return index_RXK, count_RX
