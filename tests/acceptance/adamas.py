@@ -96,7 +96,8 @@ def test_choosing_every_token_through_the_sparse_path_is_dense_attention(tiny, s
 def test_distance_of_a_hundred_thousand_codes_equals_numpy():
     rng = np.random.default_rng(1)
     key, query = rng.integers(0, 4, (1, 1600, 1, 64)), rng.integers(0, 4, (1, 1, 64))
-    pool = reference.pack(torch.from_numpy(key)).view(50, 32, 1, 2, 8).transpose(1, 2).contiguous()
+    pool = reference.pack(torch.from_numpy(key)).view(50, 32, 1, 16).transpose(1, 2)
+    pool = reference.blocked(pool)
     table, length = torch.arange(50, dtype=torch.int32)[None], torch.tensor([1600], dtype=torch.int32)
     got = codes.hadamard_distance(reference.pack(torch.from_numpy(query)), pool, table, length)
     assert key.size >= 100_000
@@ -266,11 +267,11 @@ def test_recall_of_the_top_64_is_at_least_quest_s(default_model_path, long_ids, 
 
 
 def _pages(k_TGD: torch.Tensor, cut: float, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, G, P, 2, B] and Quest bounds [N, G, 2, D] of keys laid out in consecutive pages."""
+    """Codes [N, G, P, B] and Quest bounds [N, G, 2, D] of keys laid out in consecutive pages."""
     tokens, kv_heads, size = k_TGD.shape
     pages = -(-tokens // page_size)
     padded = torch.cat([k_TGD, k_TGD[-1:].expand(pages * page_size - tokens, -1, -1)])
-    pool = torch.zeros(pages, kv_heads, page_size, 2, size // 8, dtype=torch.uint8)
+    pool = torch.zeros(pages, kv_heads, page_size, size // 4, dtype=torch.uint8)
     codes.hadamard_append(padded, cut, pool, torch.arange(pages * page_size))
     by_page = padded.view(pages, page_size, kv_heads, size)
     return pool, torch.stack([by_page.amin(1), by_page.amax(1)], dim=2)

@@ -1,12 +1,15 @@
 // Two-bit Hadamard codes of keys and queries, their Manhattan distance and the selection of the nearest tokens.
 //
-// Source: Adamas, arXiv 2510.18413, section 3. A head of D coordinates becomes two planes of D bits (high, low).
-// With query bits (a1, a0) and key bits (b1, b0), x = a ^ b: |a - b| = x0 + 2 x1, except for the pair {1, 2}, whose XOR
-// is 3 but whose distance is 1; the pair is marked by a1 ^ a0 of the query. Summed over coordinates:
-//   popcount(x0) + 2 popcount(x1 & ~(x0 & (a1 ^ a0))).
+// Source: Adamas, arXiv 2510.18413, section 3. A head of D coordinates becomes D codes 0..3 of two bits, four in a byte.
 //
-// Legend: T rows, R decode rows, H query heads, G kv heads, X choices (G or H), D head size, B = D / 8 bytes of a
-// plane, N pages, P page size, M pages of a row, K budget.
+// Distances are sums of table look-ups: two neighbouring codes of a key are a nibble, and the query makes a table of 16
+// distances per nibble, which is one byte shuffle for 32 tokens (the scan of product-quantised vectors of Andre,
+// Kermarrec and Le Scouarnec, VLDB 2015). Query heads that share a choice share the tables: their entries are added. So
+// that shuffles see one nibble of many tokens, the codes of W tokens of a page lie transposed: byte j of token t is at
+// (t / W) W B + j W + t % W, with W = 32, 16 or 1, the largest that divides the page size.
+//
+// Legend: T rows, R decode rows, H query heads, G kv heads, X choices (G or H), D head size, B = D / 4 bytes of a code,
+// N pages, P page size, M pages of a row, K budget.
 #include <algorithm>
 #include <vector>
 
@@ -38,169 +41,164 @@ void walsh_hadamard(float* x, int n) {
   }
 }
 
-// Codes of one head: planes[0..B) holds the high bits, planes[B..2B) the low bits; coordinate c is bit c % 8 of byte c / 8.
-void encode_head(const float* x, int size, float cut, std::uint8_t* planes) {
+// Bits of `x` spread to the even places.
+inline std::uint32_t spread_bits(std::uint32_t x) {
+  x = (x | x << 4) & 0x0f0fu;
+  x = (x | x << 2) & 0x3333u;
+  return (x | x << 1) & 0x5555u;
+}
+
+// Codes of one head; byte j (coordinates 4j..4j+3, two bits each) goes to code[j * stride].
+void encode_head(const float* x, int size, float cut, std::uint8_t* code, std::int64_t stride) {
   float y[max_size];
   std::memcpy(y, x, static_cast<std::size_t>(size) * sizeof(float));
   walsh_hadamard(y, size);
   const float outer = cut * std::sqrt(static_cast<float>(size));
-  const int bytes = size / 8;
-  for (int i = 0; i < bytes; ++i) {
+  for (int i = 0; i < size / 8; ++i) {
 #if defined(__AVX2__)
     __m256 v = _mm256_loadu_ps(y + 8 * i);
-    int positive = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ));
-    int above = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(outer), _CMP_GT_OQ));
-    int over_low = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(-outer), _CMP_GT_OQ));
+    auto over = [v](float limit) {
+      return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), _CMP_GT_OQ)));
+    };
+    const std::uint32_t positive = over(0.0f), above = over(outer), over_low = over(-outer);
 #else
-    int positive = 0, above = 0, over_low = 0;
+    std::uint32_t positive = 0, above = 0, over_low = 0;
     for (int c = 0; c < 8; ++c) {
-      float v = y[8 * i + c];
-      positive |= (v > 0.0f) << c;
-      above |= (v > outer) << c;
-      over_low |= (v > -outer) << c;
+      const float v = y[8 * i + c];
+      positive |= static_cast<std::uint32_t>(v > 0.0f) << c;
+      above |= static_cast<std::uint32_t>(v > outer) << c;
+      over_low |= static_cast<std::uint32_t>(v > -outer) << c;
     }
 #endif
-    planes[i] = static_cast<std::uint8_t>(positive);
-    planes[bytes + i] = static_cast<std::uint8_t>(above | (over_low & ~positive));
+    const std::uint32_t eight = spread_bits(above | (over_low & ~positive)) | spread_bits(positive) << 1;
+    code[(2 * i) * stride] = static_cast<std::uint8_t>(eight);
+    code[(2 * i + 1) * stride] = static_cast<std::uint8_t>(eight >> 8);
   }
 }
 
-// Distances of one row and kv head. `query` points at `heads` codes of 2 B bytes; with `sum` the heads' distances are
-// added into out[0..count), else head h writes out[h * stride + 0..count). Keys are `count` codes, one after the other.
-struct Query {
-  const std::uint8_t* codes;
-  int heads, bytes;
-  bool corrected, sum;
+constexpr int widest = 32;  // W at most; distances are written in whole blocks of this
+
+int block_width(int page_size) { return page_size % 32 == 0 ? 32 : page_size % 16 == 0 ? 16 : 1; }
+
+// Tables of one choice: entry[n][k] is the distance, summed over the choice's query heads, of their codes 2n and 2n + 1
+// to a key nibble k. `run`: how many entries may be added in a byte.
+struct Tables {
+  std::vector<std::uint8_t> entry;
+  int nibbles = 0, run = 0;
+
+  void build(const std::uint8_t* query, int heads, int bytes, bool corrected) {
+    nibbles = 2 * bytes;
+    run = 255 / (6 * heads);
+    entry.assign(static_cast<std::size_t>(16 * nibbles), 0);
+    const auto& rows = parts(corrected);
+    for (int h = 0; h < heads; ++h)
+      for (int n = 0; n < nibbles; ++n) {
+        const std::uint64_t* part = rows[query[h * bytes + n / 2] >> (4 * (n % 2)) & 15];
+        std::uint64_t sum[2];  // 16 bytes; none overflows (42 heads at most)
+        std::memcpy(sum, entry.data() + 16 * n, 16);
+        sum[0] += part[0];
+        sum[1] += part[1];
+        std::memcpy(entry.data() + 16 * n, sum, 16);
+      }
+  }
+
+ private:
+  using Parts = std::uint64_t[16][2];
+
+  // What one head adds: 16 distances of a query nibble to every key nibble.
+  static const Parts& parts(bool corrected) {
+    struct Both {
+      Parts of[2];
+      Both() {
+        for (int c = 0; c < 2; ++c)
+          for (int q = 0; q < 16; ++q) {
+            std::uint8_t row[16];
+            auto apart = [c](int x, int y) { return c ? std::abs(x - y) : x ^ y; };
+            for (int k = 0; k < 16; ++k) row[k] = static_cast<std::uint8_t>(apart(q & 3, k & 3) + apart(q >> 2, k >> 2));
+            std::memcpy(of[c][q], row, 16);
+          }
+      }
+    };
+    static const Both both;
+    return both.of[corrected];
+  }
 };
 
-// Planes in 64-bit words; sizes below 64 are padded with zeros, which add nothing to a distance.
-void distances_by_word(const Query& query, const std::uint8_t* keys, int count, std::uint16_t* out, std::int64_t stride) {
-  const int bytes = query.bytes;
-  auto word = [bytes](const std::uint8_t* plane, int at) {
-    std::uint64_t w = 0;
-    std::memcpy(&w, plane + at, static_cast<std::size_t>(std::min(8, bytes - at)));
-    return w;
-  };
-  for (int h = 0; h < query.heads; ++h) {
-    const std::uint8_t* q = query.codes + 2 * h * bytes;
-    std::uint16_t* to = query.sum ? out : out + h * stride;
-    const bool add = query.sum && h > 0;
-    for (int i = 0; i < count; ++i) {
-      const std::uint8_t* k = keys + static_cast<std::int64_t>(i) * 2 * bytes;
-      int total = 0;
-      for (int at = 0; at < bytes; at += 8) {
-        const std::uint64_t high = word(q, at), low = word(q + bytes, at);
-        const std::uint64_t x0 = low ^ word(k + bytes, at), x1 = high ^ word(k, at);
-        const std::uint64_t pair = query.corrected ? high ^ low : 0;
-        total += __builtin_popcountll(x0) + 2 * __builtin_popcountll(x1 & ~(x0 & pair));
-      }
-      to[i] = static_cast<std::uint16_t>(add ? to[i] + total : total);
+// Distances of tokens [0, count) of a page part whose codes lie in blocks of `width`; `out` may be written up to the
+// next multiple of `widest`.
+void distances_by_token(const Tables& t, const std::uint8_t* codes, int width, int first, int count, std::uint16_t* out) {
+  const int bytes = t.nibbles / 2;
+  for (int i = first; i < count; ++i) {
+    const std::uint8_t* c = codes + static_cast<std::int64_t>(i / width) * width * bytes + i % width;
+    const std::uint8_t* entry = t.entry.data();
+    int total = 0;
+    for (int j = 0; j < bytes; ++j, entry += 32) {
+      const int pair = c[static_cast<std::int64_t>(j) * width];
+      total += entry[pair & 15] + entry[16 + (pair >> 4)];
     }
+    out[i] = static_cast<std::uint16_t>(total);
   }
 }
 
 #if defined(__AVX2__)
-// The query of one head at D = 64: each plane in all four lanes.
-struct Wide {
-  __m256i high, low, pair;
-};
-
-Wide widen_query(const std::uint8_t* q, bool corrected) {
-  std::uint64_t high, low;
-  std::memcpy(&high, q, 8);
-  std::memcpy(&low, q + 8, 8);
-  auto all = [](std::uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); };
-  return {all(high), all(low), all(corrected ? high ^ low : 0)};
+inline __m256i load_row(const std::uint8_t* codes, int width, int bytes, int j) {
+  if (width == 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * j));
+  const auto* low = reinterpret_cast<const __m128i*>(codes + 16 * j);
+  return _mm256_set_m128i(_mm_loadu_si128(low + bytes), _mm_loadu_si128(low));
 }
 
-// Bits of `x` per byte, times the weight that is in `table` (16 counts, twice).
-inline __m256i count_bits(__m256i x, __m256i table) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(x, nibble)),
-                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble)));
-}
-
-inline __m256i bit_table(int weight) {
-  const char w = static_cast<char>(weight), w2 = static_cast<char>(2 * weight), w3 = static_cast<char>(3 * weight);
-  const char w4 = static_cast<char>(4 * weight);
-  return _mm256_setr_epi8(0, w, w, w2, w, w2, w2, w3, w, w2, w2, w3, w2, w3, w3, w4,  //
-                          0, w, w, w2, w, w2, w2, w3, w, w2, w2, w3, w2, w3, w3, w4);
-}
-
-// x0 and the repaired x1 of four tokens.
-struct Unequal {
-  __m256i low, high;
-};
-
-inline Unequal unequal(const Wide& q, __m256i high, __m256i low) {
-  const __m256i x0 = _mm256_xor_si256(q.low, low), x1 = _mm256_xor_si256(q.high, high);
-  return {x0, _mm256_andnot_si256(_mm256_and_si256(x0, q.pair), x1)};
-}
-
-inline __m256i bytes_of(const Unequal& u) {
-  return _mm256_add_epi8(count_bits(u.low, bit_table(1)), count_bits(u.high, bit_table(2)));
-}
-
-// Full adder of three one-bit numbers per bit position.
-inline void add_bits(__m256i a, __m256i b, __m256i c, __m256i& sum, __m256i& carry) {
-  const __m256i half = _mm256_xor_si256(a, b);
-  sum = _mm256_xor_si256(half, c);
-  carry = _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(half, c));
-}
-
-// Distances of four tokens (one per 64-bit lane), summed over `n` heads. Three heads at a time go through a full adder:
-// four counts instead of six.
-inline __m256i four_distances(const Wide* q, int n, __m256i high, __m256i low) {
-  __m256i total = _mm256_setzero_si256();
-  int h = 0;
-  for (; h + 3 <= n; h += 3) {
-    const Unequal a = unequal(q[h], high, low), b = unequal(q[h + 1], high, low), c = unequal(q[h + 2], high, low);
-    __m256i one, two, four, twice;
-    add_bits(a.low, b.low, c.low, one, two);
-    add_bits(a.high, b.high, c.high, twice, four);
-    const __m256i some = _mm256_add_epi8(count_bits(one, bit_table(1)), count_bits(two, bit_table(2)));
-    const __m256i rest = _mm256_add_epi8(count_bits(twice, bit_table(2)), count_bits(four, bit_table(4)));
-    total = _mm256_add_epi64(total, _mm256_sad_epu8(_mm256_add_epi8(some, rest), _mm256_setzero_si256()));
-  }
-  for (; h < n; ++h)
-    total = _mm256_add_epi64(total, _mm256_sad_epu8(bytes_of(unequal(q[h], high, low)), _mm256_setzero_si256()));
-  return total;
-}
-
-// D = 64, sixteen tokens at a time. Vector m of four holds tokens 2m, 2m + 8, 2m + 1, 2m + 9, so that joining the four
-// as 16-bit lanes leaves the even tokens in the lower half and the odd ones in the upper.
-template <int N>
-void sixteens(const Wide* q, int n, const std::uint8_t* keys, int count, std::uint16_t* out) {
-  for (int i = 0; i + 16 <= count; i += 16) {
-    const auto* k = reinterpret_cast<const __m256i*>(keys + 16 * i);
-    __m256i joined = _mm256_setzero_si256();
+// 32 tokens against C choices, whose tables are `entry[c]`; the rows are read once for all of them.
+template <int C>
+inline void block_distances(const Tables* tables, const std::uint8_t* codes, int width, std::uint16_t* out,
+                            std::int64_t stride) {
+  const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+  const int bytes = tables[0].nibbles / 2, run = tables[0].run / 2;
+  __m256i even[C], odd[C];
 #pragma GCC unroll 4
-    for (int m = 0; m < 4; ++m) {
-      const __m256i a = _mm256_loadu_si256(k + m), b = _mm256_loadu_si256(k + 4 + m);
-      const __m256i d = four_distances(q, N > 0 ? N : n, _mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-      joined = _mm256_or_si256(joined, _mm256_slli_epi64(d, 16 * m));
+  for (int c = 0; c < C; ++c) even[c] = odd[c] = zero;
+  for (int from = 0; from < bytes; from += run) {
+    const int to = std::min(bytes, from + run);
+    __m256i sum[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[c] = zero;
+    for (int j = from; j < to; ++j) {
+      const __m256i row = load_row(codes, width, bytes, j);
+      const __m256i low = _mm256_and_si256(row, nibble), high = _mm256_and_si256(_mm256_srli_epi16(row, 4), nibble);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        const auto* entry = reinterpret_cast<const __m128i*>(tables[c].entry.data()) + 2 * j;
+        const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry));
+        const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry + 1));
+        sum[c] = _mm256_add_epi8(sum[c], _mm256_add_epi8(_mm256_shuffle_epi8(a, low), _mm256_shuffle_epi8(b, high)));
+      }
     }
-    const __m128i even = _mm256_castsi256_si128(joined), odd = _mm256_extracti128_si256(joined, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_unpacklo_epi16(even, odd));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i + 8), _mm_unpackhi_epi16(even, odd));
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      even[c] = _mm256_add_epi16(even[c], _mm256_unpacklo_epi8(sum[c], zero));
+      odd[c] = _mm256_add_epi16(odd[c], _mm256_unpackhi_epi8(sum[c], zero));
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    auto* to = reinterpret_cast<__m256i*>(out + c * stride);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(even[c], odd[c], 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(even[c], odd[c], 0x31));
   }
 }
 
-void distances(const Query& query, const std::uint8_t* keys, int count, std::uint16_t* out, std::int64_t stride) {
-  const int whole = query.bytes == 8 ? count / 16 * 16 : 0;
-  if (whole > 0) {
-    Wide wide[64];
-    for (int h = 0; h < query.heads; ++h) wide[h] = widen_query(query.codes + 16 * h, query.corrected);
-    if (!query.sum) {
-      for (int h = 0; h < query.heads; ++h) sixteens<1>(wide + h, 1, keys, whole, out + h * stride);
-    } else if (query.heads == 3) {
-      sixteens<3>(wide, 3, keys, whole, out);
-    } else {
-      sixteens<0>(wide, query.heads, keys, whole, out);
-    }
+void distances(const Tables* tables, int choices, const std::uint8_t* codes, int width, int count, std::uint16_t* out,
+               std::int64_t stride) {
+  const int bytes = tables[0].nibbles / 2;
+  // A last block of 32 may be read beyond `count`, never beyond the page.
+  const int whole = tables[0].run < 2 || width == 1 ? 0 : width == 32 ? count : count / 32 * 32;
+  for (int i = 0; i < whole; i += 32) {
+    const std::uint8_t* block = codes + static_cast<std::int64_t>(i) * bytes;
+    int c = 0;
+    for (; c + 3 <= choices; c += 3) block_distances<3>(tables + c, block, width, out + c * stride + i, stride);
+    for (; c < choices; ++c) block_distances<1>(tables + c, block, width, out + c * stride + i, stride);
   }
   if (whole < count)
-    distances_by_word(query, keys + static_cast<std::int64_t>(whole) * 2 * query.bytes, count - whole, out + whole, stride);
+    for (int c = 0; c < choices; ++c) distances_by_token(tables[c], codes, width, whole, count, out + c * stride);
 }
 
 inline __m256i load16(const std::uint16_t* d) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(d)); }
@@ -226,8 +224,9 @@ int count_at_most(const std::uint16_t* d, int n, int most) {
   return total;
 }
 #else
-void distances(const Query& query, const std::uint8_t* keys, int count, std::uint16_t* out, std::int64_t stride) {
-  distances_by_word(query, keys, count, out, stride);
+void distances(const Tables* tables, int choices, const std::uint8_t* codes, int width, int count, std::uint16_t* out,
+               std::int64_t stride) {
+  for (int c = 0; c < choices; ++c) distances_by_token(tables[c], codes, width, 0, count, out + c * stride);
 }
 
 int count_at_most(const std::uint16_t* d, int n, int most) {
@@ -243,28 +242,51 @@ struct Shape {
 };
 
 struct Inputs {
-  const std::uint8_t* query_RH2B;
-  const std::uint8_t* codes_NGP2B;
+  const std::uint8_t* query_RHB;
+  const std::uint8_t* codes_NGPB;
   const std::int32_t* table_RM;
   const std::int32_t* length_R;
   bool corrected;
 };
 
-// Distances of tokens [begin, end) of one row and kv head, page by page.
-void scan_range(const Shape& s, const Inputs& in, int row, int kv_head, int begin, int end, bool sum, std::uint16_t* out,
-                std::int64_t stride) {
-  const int group = s.group();
-  const std::int64_t code_bytes = 2 * s.bytes;
-  const Query query{in.query_RH2B + (static_cast<std::int64_t>(row) * s.heads + kv_head * group) * code_bytes, group,
-                    s.bytes, in.corrected, sum};
-  const std::int32_t* table = in.table_RM + static_cast<std::int64_t>(row) * s.table_width;
-  for (int token = begin; token < end;) {
-    const int offset = token % s.page_size;
-    const int here = std::min(end - token, s.page_size - offset);
-    const std::int64_t page = table[token / s.page_size];
-    distances(query, in.codes_NGP2B + ((page * s.kv_heads + kv_head) * s.page_size + offset) * code_bytes, here,
-              out + token, stride);
-    token += here;
+constexpr int block = 1024;  // tokens a thread scans at a time
+
+std::int64_t padded(int longest) { return (static_cast<std::int64_t>(longest) + widest - 1) / widest * widest; }
+
+// Distances of all tokens: out [rows, choices, padded(longest)]. Call in a parallel region.
+void scan(const Shape& s, const Inputs& in, bool sum, int longest, std::uint16_t* out) {
+  const int per_kv = sum ? 1 : s.group(), heads = sum ? s.group() : 1;  // choices of a kv head, heads of a choice
+  const int blocks = (longest + block - 1) / block, width = block_width(s.page_size);
+  const std::int64_t units = static_cast<std::int64_t>(s.rows) * s.kv_heads, stride = padded(longest);
+  static thread_local std::vector<Tables> tables;
+  tables.resize(std::max(tables.size(), static_cast<std::size_t>(per_kv)));
+  std::int64_t built = -1;
+#pragma omp for schedule(dynamic, 1)
+  for (std::int64_t task = 0; task < units * blocks; ++task) {
+    const std::int64_t unit = task / blocks;
+    const int r = static_cast<int>(unit / s.kv_heads), g = static_cast<int>(unit % s.kv_heads);
+    const int begin = static_cast<int>(task % blocks) * block, end = std::min(in.length_R[r], begin + block);
+    if (begin >= end) continue;
+    if (built != unit)
+      for (int c = 0; c < per_kv; ++c)
+        tables[c].build(in.query_RHB + (unit * s.group() + c) * s.bytes, heads, s.bytes, in.corrected);
+    built = unit;
+    std::uint16_t* to = out + unit * per_kv * stride;
+    const std::int32_t* table = in.table_RM + static_cast<std::int64_t>(r) * s.table_width;
+    const std::int64_t page_bytes = static_cast<std::int64_t>(s.page_size) * s.bytes;
+    for (int token = begin; token < end;) {  // W divides 1024 and the page size: no block of codes is torn
+      const int offset = token % s.page_size, here = std::min(end - token, s.page_size - offset);
+      auto page = [&](int at) {
+        return in.codes_NGPB + (static_cast<std::int64_t>(table[at / s.page_size]) * s.kv_heads + g) * page_bytes;
+      };
+      if (token + here < end) {
+        const std::uint8_t* next = page(token + here);
+        for (std::int64_t i = 0; i < std::min<std::int64_t>(page_bytes, 2048); i += 64) __builtin_prefetch(next + i);
+      }
+      distances(tables.data(), per_kv, page(token) + static_cast<std::int64_t>(offset) * s.bytes, width, here, to + token,
+                stride);
+      token += here;
+    }
   }
 }
 
@@ -303,138 +325,121 @@ int choose(const std::uint16_t* d, int length, int budget, int largest, std::int
   return n;
 }
 
-template <typename A>
-int dim(const A& a, int i) {
-  return static_cast<int>(a.shape(static_cast<std::size_t>(i)));
-}
-
-using Codes4 = Array<std::uint8_t, -1, -1, 2, -1>;
-using Codes5 = Array<std::uint8_t, -1, -1, -1, 2, -1>;
-
-void check(const Shape& s, int pages, const std::int32_t* table, const std::int32_t* length) {
-  require(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query heads must be a multiple of kv heads");
-  require(s.group() <= 64, "at most 64 query heads per kv head");
-  require(s.bytes > 0 && s.bytes <= max_size / 8, "head size is at most 1024");
-  for (int r = 0; r < s.rows; ++r) {
-    const int used = (length[r] + s.page_size - 1) / s.page_size;
-    require(length[r] >= 1 && used <= s.table_width, "a length needs at least one token and its pages");
-    const std::int32_t* page = table + static_cast<std::int64_t>(r) * s.table_width;
-    for (int m = 0; m < used; ++m) require(page[m] >= 0 && page[m] < pages, "a page id lies outside the pool");
-  }
-}
-
-Shape shape_of(const Codes4& query, const Codes5& codes, const Array<std::int32_t, -1, -1>& table,
-               const Array<std::int32_t, -1>& length) {
-  Shape s{dim(query, 0), dim(query, 1), dim(codes, 1), dim(codes, 2), dim(query, 3), dim(table, 1)};
-  require(dim(codes, 4) == s.bytes, "query and key codes differ in head size");
-  require(dim(table, 0) == s.rows && dim(length, 0) == s.rows, "one page-table row and one length per query row");
-  check(s, dim(codes, 0), table.data(), length.data());
-  return s;
-}
-
-constexpr int block = 1024;  // tokens a thread scans at a time
-
-// Call in a parallel region.
-void scan(const Shape& s, const Inputs& in, bool sum, int longest, std::uint16_t* out) {
-  const int choices = sum ? s.kv_heads : s.heads, per_kv = sum ? 1 : s.group();
-  const int blocks = (longest + block - 1) / block;
-  const std::int64_t tasks = static_cast<std::int64_t>(s.rows) * s.kv_heads * blocks;
-#pragma omp for schedule(dynamic, 1)
-  for (std::int64_t task = 0; task < tasks; ++task) {
-    const int b = static_cast<int>(task % blocks), g = static_cast<int>(task / blocks % s.kv_heads);
-    const int r = static_cast<int>(task / blocks / s.kv_heads);
-    const int begin = b * block, end = std::min(in.length_R[r], begin + block);
-    std::uint16_t* base = out + (static_cast<std::int64_t>(r) * choices + g * per_kv) * longest;
-    if (begin < end) scan_range(s, in, r, g, begin, end, sum, base, longest);
-  }
-}
-
 int longest_of(const std::int32_t* length, int rows) { return rows ? *std::max_element(length, length + rows) : 0; }
 
 void select(const Shape& s, const Inputs& in, bool per_head, int budget, std::int32_t* index, std::int32_t* count) {
   const int choices = per_head ? s.heads : s.kv_heads;
-  const int largest = 3 * 8 * s.bytes * (per_head ? 1 : s.group());
+  const int largest = 12 * s.bytes * (per_head ? 1 : s.group());
   require(largest < 32767, "too many query heads per kv head for summed distances");
+  require(per_head || s.group() <= 42, "at most 42 query heads may share a choice");
   const int longest = longest_of(in.length_R, s.rows);
+  const std::int64_t tasks = static_cast<std::int64_t>(s.rows) * choices, stride = padded(longest);
   thread_local std::vector<std::uint16_t> scratch;
-  scratch.resize(static_cast<std::size_t>(s.rows) * choices * longest);
+  scratch.resize(static_cast<std::size_t>(tasks * stride));
   std::uint16_t* d = scratch.data();  // threads of the team must not name the thread_local themselves
-  const std::int64_t tasks = static_cast<std::int64_t>(s.rows) * choices;
 #pragma omp parallel if (tasks * longest > 4096)
   {
     scan(s, in, !per_head, longest, d);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t task = 0; task < tasks; ++task)
-      count[task] = choose(d + task * longest, in.length_R[task / choices], budget, largest, index + task * budget);
+      count[task] = choose(d + task * stride, in.length_R[task / choices], budget, largest, index + task * budget);
   }
 }
 
+template <typename A>
+int dim(const A& a, int i) {
+  return static_cast<int>(a.shape(static_cast<std::size_t>(i)));
+}
+
+using Codes3 = Array<const std::uint8_t, -1, -1, -1>;
+using Codes4 = Array<const std::uint8_t, -1, -1, -1, -1>;
+using Table = Array<const std::int32_t, -1, -1>;
+using Lengths = Array<const std::int32_t, -1>;
+
+void check(const Shape& s, int pages, const std::int32_t* table, const std::int32_t* length) {
+  require(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query heads must be a multiple of kv heads");
+  require(s.bytes > 0 && s.bytes <= max_size / 4 && s.bytes % 2 == 0, "head size must be a multiple of 8 up to 1024");
+  for (int r = 0; r < s.rows; ++r) {
+    require(length[r] >= 1 && (length[r] - 1) / s.page_size < s.table_width, "a length needs at least one token and its pages");
+    const std::int32_t* page = table + static_cast<std::int64_t>(r) * s.table_width;
+    for (int m = 0; m <= (length[r] - 1) / s.page_size; ++m)
+      require(page[m] >= 0 && page[m] < pages, "a page id lies outside the pool");
+  }
+}
+
+Shape shape_of(const Codes3& query, const Codes4& codes, const Table& table, const Lengths& length) {
+  Shape s{dim(query, 0), dim(query, 1), dim(codes, 1), dim(codes, 2), dim(query, 2), dim(table, 1)};
+  require(dim(codes, 3) == s.bytes, "query and key codes differ in head size");
+  require(dim(table, 0) == s.rows && dim(length, 0) == s.rows, "one page-table row and one length per query row");
+  check(s, dim(codes, 0), table.data(), length.data());
+  return s;
+}
+
 HASTEN_KERNELS(m) {
-  m.def("hadamard_encode", [](Array<const float, -1, -1, -1> x_RHD, float cut, Codes4 out_RH2B) {
-    const int size = dim(x_RHD, 2), bytes = dim(out_RH2B, 3);
-    require(size == 8 * bytes && size <= max_size, "codes must hold head size / 8 bytes a plane");
+  m.def("hadamard_encode", [](Array<const float, -1, -1, -1> x_RHD, float cut, Array<std::uint8_t, -1, -1, -1> out_RHB) {
+    const int size = dim(x_RHD, 2), bytes = dim(out_RHB, 2);
+    require(size == 4 * bytes && size % 8 == 0 && size <= max_size, "codes must hold head size / 4 bytes");
     const std::int64_t heads = static_cast<std::int64_t>(dim(x_RHD, 0)) * dim(x_RHD, 1);
-    require(dim(out_RH2B, 0) == dim(x_RHD, 0) && dim(out_RH2B, 1) == dim(x_RHD, 1), "codes must match x");
+    require(dim(out_RHB, 0) == dim(x_RHD, 0) && dim(out_RHB, 1) == dim(x_RHD, 1), "codes must match x");
     nb::gil_scoped_release release;
 #pragma omp parallel for schedule(static) if (heads > 256)
     for (std::int64_t i = 0; i < heads; ++i)
-      encode_head(x_RHD.data() + i * size, size, cut, out_RH2B.data() + i * 2 * bytes);
+      encode_head(x_RHD.data() + i * size, size, cut, out_RHB.data() + i * bytes, 1);
   });
 
   // Addresses where tensors would cost more than the work: float32 keys [rows, kv heads, size], codes [pages, kv heads,
-  // page size, 2, size / 8].
-  m.def("hadamard_append", [](std::uintptr_t k_TGD, float cut, std::uintptr_t codes_NGP2B,
+  // page size, size / 4].
+  m.def("hadamard_append", [](std::uintptr_t k_TGD, float cut, std::uintptr_t codes_NGPB,
                               Array<const std::int64_t, -1> slot_T, int kv_heads, int size, int pages, int page_size) {
-    const int rows = dim(slot_T, 0), bytes = size / 8;
+    const int rows = dim(slot_T, 0), bytes = size / 4, width = block_width(page_size);
     require(size > 0 && size % 8 == 0 && size <= max_size, "head size must be a multiple of 8, at most 1024");
     const std::int64_t slots = static_cast<std::int64_t>(pages) * page_size;
     for (int t = 0; t < rows; ++t)
       require(slot_T.data()[t] >= 0 && slot_T.data()[t] < slots, "a slot lies outside the pool");
     const float* k = reinterpret_cast<const float*>(k_TGD);
-    auto* codes = reinterpret_cast<std::uint8_t*>(codes_NGP2B);
+    auto* codes = reinterpret_cast<std::uint8_t*>(codes_NGPB);
     nb::gil_scoped_release release;
 #pragma omp parallel for schedule(static) if (rows * kv_heads > 256)
     for (int t = 0; t < rows; ++t) {
       const std::int64_t page = slot_T.data()[t] / page_size, offset = slot_T.data()[t] % page_size;
-      for (int g = 0; g < kv_heads; ++g)
-        encode_head(k + (static_cast<std::int64_t>(t) * kv_heads + g) * size, size, cut,
-                    codes + ((page * kv_heads + g) * page_size + offset) * 2 * bytes);
+      for (int g = 0; g < kv_heads; ++g) {
+        std::uint8_t* to = codes + (page * kv_heads + g) * page_size * bytes + offset / width * width * bytes + offset % width;
+        encode_head(k + (static_cast<std::int64_t>(t) * kv_heads + g) * size, size, cut, to, width);
+      }
     }
   });
 
-  m.def("hadamard_distance",
-        [](Codes4 query_RH2B, Codes5 codes_NGP2B, Array<std::int32_t, -1, -1> table_RM,
-           Array<std::int32_t, -1> length_R, bool corrected, Array<std::uint16_t, -1, -1, -1> out_RHL) {
-          const Shape s = shape_of(query_RH2B, codes_NGP2B, table_RM, length_R);
-          const int longest = longest_of(length_R.data(), s.rows);
-          require(dim(out_RHL, 0) == s.rows && dim(out_RHL, 1) == s.heads && dim(out_RHL, 2) == longest,
-                  "out must be [rows, heads, longest]");
-          const Inputs in{query_RH2B.data(), codes_NGP2B.data(), table_RM.data(), length_R.data(), corrected};
-          nb::gil_scoped_release release;
+  // Distances [rows, heads, longest rounded up to 32].
+  m.def("hadamard_distance", [](Codes3 query_RHB, Codes4 codes_NGPB, Table table_RM, Lengths length_R, bool corrected,
+                                Array<std::uint16_t, -1, -1, -1> out_RHL) {
+    const Shape s = shape_of(query_RHB, codes_NGPB, table_RM, length_R);
+    const int longest = longest_of(length_R.data(), s.rows);
+    require(dim(out_RHL, 0) == s.rows && dim(out_RHL, 1) == s.heads && dim(out_RHL, 2) == padded(longest),
+            "out must be [rows, heads, longest rounded up to 32]");
+    const Inputs in{query_RHB.data(), codes_NGPB.data(), table_RM.data(), length_R.data(), corrected};
+    nb::gil_scoped_release release;
 #pragma omp parallel
-          scan(s, in, false, longest, out_RHL.data());
-        });
+    scan(s, in, false, longest, out_RHL.data());
+  });
 
-  m.def("hadamard_select",
-        [](Codes4 query_RH2B, Codes5 codes_NGP2B, Array<std::int32_t, -1, -1> table_RM,
-           Array<std::int32_t, -1> length_R, bool per_head, bool corrected, Array<std::int32_t, -1, -1, -1> index_RXK,
-           Array<std::int32_t, -1, -1> count_RX) {
-          const Shape s = shape_of(query_RH2B, codes_NGP2B, table_RM, length_R);
-          const int choices = per_head ? s.heads : s.kv_heads;
-          require(dim(index_RXK, 0) == s.rows && dim(index_RXK, 1) == choices && dim(index_RXK, 2) >= 1,
-                  "index must be [rows, choices, budget]");
-          require(dim(count_RX, 0) == s.rows && dim(count_RX, 1) == choices, "count must be [rows, choices]");
-          const Inputs in{query_RH2B.data(), codes_NGP2B.data(), table_RM.data(), length_R.data(), corrected};
-          nb::gil_scoped_release release;
-          select(s, in, per_head, dim(index_RXK, 2), index_RXK.data(), count_RX.data());
-        });
+  m.def("hadamard_select", [](Codes3 query_RHB, Codes4 codes_NGPB, Table table_RM, Lengths length_R, bool per_head,
+                              bool corrected, Array<std::int32_t, -1, -1, -1> index_RXK,
+                              Array<std::int32_t, -1, -1> count_RX) {
+    const Shape s = shape_of(query_RHB, codes_NGPB, table_RM, length_R);
+    const int choices = per_head ? s.heads : s.kv_heads;
+    require(dim(index_RXK, 0) == s.rows && dim(index_RXK, 1) == choices && dim(index_RXK, 2) >= 1,
+            "index must be [rows, choices, budget]");
+    require(dim(count_RX, 0) == s.rows && dim(count_RX, 1) == choices, "count must be [rows, choices]");
+    const Inputs in{query_RHB.data(), codes_NGPB.data(), table_RM.data(), length_R.data(), corrected};
+    nb::gil_scoped_release release;
+    select(s, in, per_head, dim(index_RXK, 2), index_RXK.data(), count_RX.data());
+  });
 
   // Encode and select in one call: float32 queries [rows, heads, size]; index int32 [rows, choices, budget].
-  m.def("hadamard_nearest", [](std::uintptr_t q_RHD, float cut, std::uintptr_t codes_NGP2B,
-                               Array<const std::int32_t, -1, -1> table_RM, Array<const std::int32_t, -1> length_R,
-                               int heads, int kv_heads, int size, int pages, int page_size, int budget, bool per_head,
-                               bool corrected, std::uintptr_t index_RXK, std::uintptr_t count_RX) {
-    const Shape s{dim(table_RM, 0), heads, kv_heads, page_size, size / 8, dim(table_RM, 1)};
+  m.def("hadamard_nearest", [](std::uintptr_t q_RHD, float cut, std::uintptr_t codes_NGPB, Table table_RM,
+                               Lengths length_R, int heads, int kv_heads, int size, int pages, int page_size, int budget,
+                               bool per_head, bool corrected, std::uintptr_t index_RXK, std::uintptr_t count_RX) {
+    const Shape s{dim(table_RM, 0), heads, kv_heads, page_size, size / 4, dim(table_RM, 1)};
     require(size % 8 == 0, "head size must be a multiple of 8");
     require(dim(length_R, 0) == s.rows, "one page-table row and one length per query row");
     require(budget >= 1, "budget must be at least 1");
@@ -442,13 +447,13 @@ HASTEN_KERNELS(m) {
     nb::gil_scoped_release release;
     thread_local std::vector<std::uint8_t> scratch;
     const int vectors = s.rows * heads;
-    scratch.resize(static_cast<std::size_t>(vectors) * 2 * s.bytes);
+    scratch.resize(static_cast<std::size_t>(vectors) * s.bytes);
     std::uint8_t* query = scratch.data();  // threads of the team must not name the thread_local themselves
     const float* q = reinterpret_cast<const float*>(q_RHD);
 #pragma omp parallel for schedule(static) if (vectors > 256)
     for (int i = 0; i < vectors; ++i)
-      encode_head(q + static_cast<std::int64_t>(i) * size, size, cut, query + static_cast<std::int64_t>(i) * 2 * s.bytes);
-    const Inputs in{query, reinterpret_cast<const std::uint8_t*>(codes_NGP2B), table_RM.data(), length_R.data(), corrected};
+      encode_head(q + static_cast<std::int64_t>(i) * size, size, cut, query + static_cast<std::int64_t>(i) * s.bytes, 1);
+    const Inputs in{query, reinterpret_cast<const std::uint8_t*>(codes_NGPB), table_RM.data(), length_R.data(), corrected};
     select(s, in, per_head, budget, reinterpret_cast<std::int32_t*>(index_RXK), reinterpret_cast<std::int32_t*>(count_RX));
   });
 }

@@ -84,8 +84,8 @@ class AdamasPolicy(AttentionPolicy):
         self.table_RM: Tensor | None = None
 
     def sidecars(self) -> tuple[SidecarSpec, ...]:
-        """Two bit planes of D bits per token and kv head: D / 4 bytes."""
-        return (SidecarSpec(SIDECAR, (2, self.size // 8), torch.uint8, layers=self.sparse),)
+        """Two bits per coordinate: D / 4 bytes per token and kv head."""
+        return (SidecarSpec(SIDECAR, (self.size // 4,), torch.uint8, layers=self.sparse),)
 
     def bind(self, sidecars: Mapping[str, Mapping[int, Tensor]]) -> None:
         self.codes = sidecars[SIDECAR]

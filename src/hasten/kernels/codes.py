@@ -1,7 +1,12 @@
 """Two-bit Hadamard codes (Adamas, arXiv 2510.18413): encode, append to a sidecar, distances, nearest tokens.
 
-Legend: T rows, R decode rows, H query heads, G kv heads, X choices (G or H), D head size, B = D / 8 bytes of a bit
-plane (high plane first), N pages, P page size, M pages of a row, L longest context, K budget.
+A code is D / 4 bytes: coordinate c is bits 2 (c % 4) and up of byte c // 4. In the sidecar [N, G, P, B] the codes of W
+tokens lie transposed (byte j of token t at (t // W) W B + j W + t % W of its page and head; W is the largest of 32, 16
+and 1 that divides P), because a scan looks at one byte of many tokens at a time; `reference.codes.blocked` says the same
+in PyTorch.
+
+Legend: T rows, R decode rows, H query heads, G kv heads, X choices (G or H), D head size, B = D / 4 bytes of a code,
+N pages, P page size, M pages of a row, L longest context, K budget.
 """
 
 from __future__ import annotations
@@ -27,15 +32,15 @@ def _check_cut(cut: float) -> float:
 
 
 def hadamard_encode(x_RHD: Tensor, cut: float) -> Tensor:
-    """Codes uint8 [R, H, 2, B] of float32 [R, H, D]: how many of (-cut, 0, cut) lie below each coordinate of x H.
+    """Codes uint8 [R, H, B] of float32 [R, H, D]: how many of (-cut, 0, cut) lie below each coordinate of x H.
 
     H is the orthonormal Sylvester-Hadamard matrix. Raises ValueError for a head size that is no power of two.
     """
     rows, heads, size = x_RHD.shape
     check_size(size)
-    out_RH2B = torch.empty(rows, heads, 2, size // 8, dtype=torch.uint8)
-    native().hadamard_encode(x_RHD.contiguous(), _check_cut(cut), out_RH2B)
-    return out_RH2B
+    out_RHB = torch.empty(rows, heads, size // 4, dtype=torch.uint8)
+    native().hadamard_encode(x_RHD.contiguous(), _check_cut(cut), out_RHB)
+    return out_RHB
 
 
 def _address(name: str, value: Tensor, dtype: torch.dtype, dims: int) -> int:
@@ -47,17 +52,17 @@ def _address(name: str, value: Tensor, dtype: torch.dtype, dims: int) -> int:
     return value.data_ptr()
 
 
-def hadamard_append(k_TGD: Tensor, cut: float, codes_NGP2B: Tensor, slot_T: Tensor) -> None:
+def hadamard_append(k_TGD: Tensor, cut: float, codes_NGPB: Tensor, slot_T: Tensor) -> None:
     """Encode keys float32 [T, G, D] and write them at ``slot_T`` (int64, page * P + offset) of the sidecar."""
     k_TGD = k_TGD.contiguous()
     address = _address("k_TGD", k_TGD, torch.float32, 3)
-    codes = _address("codes_NGP2B", codes_NGP2B, torch.uint8, 5)
+    codes = _address("codes_NGPB", codes_NGPB, torch.uint8, 4)
     rows, kv_heads, size = k_TGD.shape
     check_size(size)
-    pages, code_heads, page_size, _, plane = codes_NGP2B.shape
-    if code_heads != kv_heads or 8 * plane != size or slot_T.shape != (rows,):
+    pages, code_heads, page_size, code = codes_NGPB.shape
+    if code_heads != kv_heads or 4 * code != size or slot_T.shape != (rows,):
         raise ValueError(
-            f"codes_NGP2B {tuple(codes_NGP2B.shape)} and slot_T {tuple(slot_T.shape)} do not fit k_TGD "
+            f"codes_NGPB {tuple(codes_NGPB.shape)} and slot_T {tuple(slot_T.shape)} do not fit k_TGD "
             f"{tuple(k_TGD.shape)}"
         )
     native().hadamard_append(
@@ -66,23 +71,23 @@ def hadamard_append(k_TGD: Tensor, cut: float, codes_NGP2B: Tensor, slot_T: Tens
 
 
 def hadamard_distance(
-    query_RH2B: Tensor, codes_NGP2B: Tensor, table_RM: Tensor, length_R: Tensor, *, corrected: bool = True
+    query_RHB: Tensor, codes_NGPB: Tensor, table_RM: Tensor, length_R: Tensor, *, corrected: bool = True
 ) -> Tensor:
     """Manhattan distance of each query head's codes to every cached token's, uint16 [R, H, L].
 
     Entries past a row's length are undefined. ``corrected=False`` weighs the XOR bits instead, which counts the
     pair {1, 2} as 3 (the reference CUDA kernel's form).
     """
-    rows, heads = query_RH2B.shape[:2]
+    rows, heads = query_RHB.shape[:2]
     longest = int(length_R.max()) if rows else 0
-    out_RHL = torch.empty(rows, heads, longest, dtype=torch.uint16)
-    native().hadamard_distance(query_RH2B, codes_NGP2B, table_RM, length_R, corrected, out_RHL)
-    return out_RHL
+    out_RHL = torch.empty(rows, heads, -(-longest // 32) * 32, dtype=torch.uint16)
+    native().hadamard_distance(query_RHB, codes_NGPB, table_RM, length_R, corrected, out_RHL)
+    return out_RHL[:, :, :longest]
 
 
 def hadamard_select(
-    query_RH2B: Tensor,
-    codes_NGP2B: Tensor,
+    query_RHB: Tensor,
+    codes_NGPB: Tensor,
     table_RM: Tensor,
     length_R: Tensor,
     budget: int,
@@ -97,12 +102,12 @@ def hadamard_select(
     """
     if budget < 1:
         raise ValueError(f"budget must be at least 1, not {budget}")
-    rows = query_RH2B.shape[0]
-    choices = query_RH2B.shape[1] if per_head else codes_NGP2B.shape[1]
+    rows = query_RHB.shape[0]
+    choices = query_RHB.shape[1] if per_head else codes_NGPB.shape[1]
     index_RXK = torch.empty(rows, choices, budget, dtype=torch.int32)
     count_RX = torch.empty(rows, choices, dtype=torch.int32)
     native().hadamard_select(
-        query_RH2B, codes_NGP2B, table_RM, length_R, per_head, corrected, index_RXK, count_RX
+        query_RHB, codes_NGPB, table_RM, length_R, per_head, corrected, index_RXK, count_RX
     )
     return index_RXK, count_RX
 
@@ -110,7 +115,7 @@ def hadamard_select(
 def hadamard_nearest(
     q_RHD: Tensor,
     cut: float,
-    codes_NGP2B: Tensor,
+    codes_NGPB: Tensor,
     table_RM: Tensor,
     length_R: Tensor,
     budget: int,
@@ -121,15 +126,15 @@ def hadamard_nearest(
     """`hadamard_encode` of float32 queries with ``cut``, then `hadamard_select`, in one native call."""
     q_RHD = q_RHD.contiguous()
     address = _address("q_RHD", q_RHD, torch.float32, 3)
-    codes = _address("codes_NGP2B", codes_NGP2B, torch.uint8, 5)
+    codes = _address("codes_NGPB", codes_NGPB, torch.uint8, 4)
     if budget < 1:
         raise ValueError(f"budget must be at least 1, not {budget}")
     rows, heads, size = q_RHD.shape
     check_size(size)
-    pages, kv_heads, page_size, _, plane = codes_NGP2B.shape
-    if 8 * plane != size or table_RM.shape[0] != rows:
+    pages, kv_heads, page_size, code = codes_NGPB.shape
+    if 4 * code != size or table_RM.shape[0] != rows:
         raise ValueError(
-            f"codes_NGP2B {tuple(codes_NGP2B.shape)} and table_RM {tuple(table_RM.shape)} do not fit q_RHD "
+            f"codes_NGPB {tuple(codes_NGPB.shape)} and table_RM {tuple(table_RM.shape)} do not fit q_RHD "
             f"{tuple(q_RHD.shape)}"
         )
     choices = heads if per_head else kv_heads

@@ -22,17 +22,35 @@ def bucketise(x: Tensor, cut: float) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes [..., D] as uint8 [..., 2, D / 8]: high bits, low bits; coordinate c is bit c % 8 of byte c // 8."""
-    bits = torch.stack([codes >> 1, codes & 1], dim=-2)
-    bits = bits.reshape(*bits.shape[:-1], -1, 8)
-    return (bits << torch.arange(8)).sum(-1).to(torch.uint8)
+    """Codes [..., D] as uint8 [..., D / 4]: coordinate c is bits 2 (c % 4) and up of byte c // 4."""
+    four = codes.reshape(*codes.shape[:-1], -1, 4)
+    return (four << torch.tensor([0, 2, 4, 6])).sum(-1).to(torch.uint8)
 
 
-def unpack(planes: Tensor) -> Tensor:
+def unpack(packed: Tensor) -> Tensor:
     """The inverse of `pack`: int64 [..., D]."""
-    bits = (planes.long().unsqueeze(-1) >> torch.arange(8)) & 1
-    bits = bits.flatten(-2)
-    return 2 * bits[..., 0, :] + bits[..., 1, :]
+    return ((packed.long().unsqueeze(-1) >> torch.tensor([0, 2, 4, 6])) & 3).flatten(-2)
+
+
+def block_width(page_size: int) -> int:
+    """W of the sidecar's layout."""
+    return next(width for width in (32, 16, 1) if page_size % width == 0)
+
+
+def blocked(packed_NGPB: Tensor) -> Tensor:
+    """Codes in token order as the sidecar holds them: transposed in blocks of W tokens, same shape."""
+    pages, heads, page_size, size = packed_NGPB.shape
+    width = block_width(page_size)
+    blocks = packed_NGPB.reshape(pages, heads, page_size // width, width, size)
+    return blocks.transpose(-1, -2).reshape(packed_NGPB.shape).contiguous()
+
+
+def token_major(sidecar_NGPB: Tensor) -> Tensor:
+    """The inverse of `blocked`."""
+    pages, heads, page_size, size = sidecar_NGPB.shape
+    width = block_width(page_size)
+    blocks = sidecar_NGPB.reshape(pages, heads, page_size // width, size, width)
+    return blocks.transpose(-1, -2).reshape(sidecar_NGPB.shape).contiguous()
 
 
 def hadamard_distance(query_RHD: Tensor, key_RLGD: Tensor, *, corrected: bool = True) -> Tensor:
