@@ -141,18 +141,20 @@ void distances_by_token(const Tables& t, const std::uint8_t* codes, int width, i
 }
 
 #if defined(__AVX2__)
-inline __m256i load_row(const std::uint8_t* codes, int width, int bytes, int j) {
-  if (width == 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * j));
+template <int W>
+inline __m256i load_row(const std::uint8_t* codes, int bytes, int j) {
+  if (W == 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * j));
   const auto* low = reinterpret_cast<const __m128i*>(codes + 16 * j);
   return _mm256_set_m128i(_mm_loadu_si128(low + bytes), _mm_loadu_si128(low));
 }
 
 // 32 tokens against C choices, whose tables are `entry[c]`; the rows are read once for all of them.
-template <int C>
-inline void block_distances(const Tables* tables, const std::uint8_t* codes, int width, std::uint16_t* out,
-                            std::int64_t stride) {
+template <int C, int W>
+inline void block_distances(const Tables* tables, const std::uint8_t* codes, std::uint16_t* out, std::int64_t stride) {
   const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
   const int bytes = tables[0].nibbles / 2, run = tables[0].run / 2;
+  const __m128i* entry[C];
+  for (int c = 0; c < C; ++c) entry[c] = reinterpret_cast<const __m128i*>(tables[c].entry.data());
   __m256i even[C], odd[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) even[c] = odd[c] = zero;
@@ -162,13 +164,12 @@ inline void block_distances(const Tables* tables, const std::uint8_t* codes, int
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sum[c] = zero;
     for (int j = from; j < to; ++j) {
-      const __m256i row = load_row(codes, width, bytes, j);
+      const __m256i row = load_row<W>(codes, bytes, j);
       const __m256i low = _mm256_and_si256(row, nibble), high = _mm256_and_si256(_mm256_srli_epi16(row, 4), nibble);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        const auto* entry = reinterpret_cast<const __m128i*>(tables[c].entry.data()) + 2 * j;
-        const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry));
-        const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry + 1));
+        const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry[c] + 2 * j));
+        const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry[c] + 2 * j + 1));
         sum[c] = _mm256_add_epi8(sum[c], _mm256_add_epi8(_mm256_shuffle_epi8(a, low), _mm256_shuffle_epi8(b, high)));
       }
     }
@@ -191,12 +192,15 @@ void distances(const Tables* tables, int choices, const std::uint8_t* codes, int
   const int bytes = tables[0].nibbles / 2;
   // A last block of 32 may be read beyond `count`, never beyond the page.
   const int whole = tables[0].run < 2 || width == 1 ? 0 : width == 32 ? count : count / 32 * 32;
-  for (int i = 0; i < whole; i += 32) {
-    const std::uint8_t* block = codes + static_cast<std::int64_t>(i) * bytes;
-    int c = 0;
-    for (; c + 3 <= choices; c += 3) block_distances<3>(tables + c, block, width, out + c * stride + i, stride);
-    for (; c < choices; ++c) block_distances<1>(tables + c, block, width, out + c * stride + i, stride);
-  }
+  auto run = [&]<int W>() {
+    for (int i = 0; i < whole; i += 32) {
+      const std::uint8_t* block = codes + static_cast<std::int64_t>(i) * bytes;
+      int c = 0;
+      for (; c + 3 <= choices; c += 3) block_distances<3, W>(tables + c, block, out + c * stride + i, stride);
+      for (; c < choices; ++c) block_distances<1, W>(tables + c, block, out + c * stride + i, stride);
+    }
+  };
+  width == 32 ? run.template operator()<32>() : run.template operator()<16>();
   if (whole < count)
     for (int c = 0; c < choices; ++c) distances_by_token(tables[c], codes, width, whole, count, out + c * stride);
 }
