@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,6 @@ import pytest
 import scipy.linalg
 import torch
 
-import hasten
 from hasten.attention.adamas import SIDECAR, Adamas, AdamasPolicy
 from hasten.attention.calibration import capture
 from hasten.attention.quest import Quest, QuestPolicy
@@ -21,8 +22,10 @@ from hasten.kernels import codes
 from hasten.kernels.reference import codes as reference
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
+from hasten.lm.runner import Chunk
 from hasten.models.checkpoint import open_checkpoint
 from hasten.models.context import BuildContext
+from hasten.workloads.passkey import passkeys
 
 from ..lm.lm_tiny import write_checkpoint
 
@@ -178,55 +181,113 @@ def test_refuses_a_head_size_without_hadamard_matrix(tmp_path):
 # -- 3 and 4. quality on the default model ----------
 
 
+TEXT, SCORED = 8000, 256
+
+
 @pytest.fixture(scope="module")
 def long_ids(default_model_path, documentation) -> list[int]:
-    """8,000 tokens of held-out documentation."""
+    """8,000 tokens of held-out documentation: the longest document of the test split."""
     tokenizer = open_checkpoint(default_model_path).tokenizer()
     text = max((d.text for d in documentation.documents("test")), key=len)
-    ids = tokenizer.encode(text[:60_000])[:8000]
-    assert len(ids) == 8000
+    ids = tokenizer.encode(text[:60_000])[:TEXT]
+    assert len(ids) == TEXT
     return ids
+
+
+@pytest.fixture(scope="module")
+def llm(default_model_path) -> Iterator[LLM]:
+    plan = Plan.of([Adamas()], model=str(default_model_path), engine={"kv_tokens": 12_288})
+    with LLM(plan) as loaded:
+        yield loaded
+
+
+def with_budget(llm: LLM, budget: int) -> None:
+    llm.engine.runner.policy.settings = Adamas(budget=budget)
+
+
+DENSE = 10_000  # a budget that no context here exceeds
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Against dense on the same tokens: perplexity ratio - 1, and mean KL divergence of the next-token distribution."""
+
+    increase: float
+    divergence: float
+
+
+@pytest.fixture(scope="module")
+def quality(llm, long_ids) -> dict[int, Quality]:
+    """By budget: the last 256 tokens of the text, decoded one at a time. The text is prefilled once for all."""
+    engine, first = llm.engine, TEXT - SCORED
+    cache = engine.cache
+    kv = cache.open(engine.new_id())
+    assert cache.reserve(kv, 0, TEXT)
+    cache.attach(kv)
+    for start in range(0, first, 512):
+        ids = long_ids[start : min(start + 512, first)]
+        engine.runner.run([Chunk(kv, start, ids, range(start, start + len(ids)), 0)])
+    logprobs: dict[int, torch.Tensor] = {}
+    for budget in (DENSE, 64, 128, 256, 512):
+        with_budget(llm, budget)
+        rows = []
+        for at in range(first, TEXT - 1):
+            assert cache.reserve(kv, at, at + 1)
+            rows.append(engine.runner.run([Chunk(kv, at, [long_ids[at]], [at], 1)]))
+        cache.truncate(kv, first)
+        logprobs[budget] = torch.log_softmax(torch.cat(rows).float(), -1)
+    cache.close(kv)
+    engine.runner.forget(kv.id)
+    dense, target = logprobs.pop(DENSE), torch.tensor(long_ids[first + 1 :])[:, None]
+    found = {}
+    for budget, sparse in logprobs.items():
+        loss = (dense - sparse).gather(1, target).mean()
+        kl = (dense.exp() * (dense - sparse)).sum(-1).mean()
+        found[budget] = Quality(math.expm1(float(loss)), float(kl))
+        print(f"budget {budget}: perplexity {found[budget].increase:+.2%}, KL {found[budget].divergence:.4f}")
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_divergence_from_dense_at_8k(quality):
+    """Mean KL <= 0.08 at budget 256 and <= 0.04 at 512; it falls as the budget grows."""
+    assert quality[256].divergence <= 0.08
+    assert quality[512].divergence <= 0.04
+    by_budget = [quality[budget].divergence for budget in (64, 128, 256, 512)]
+    assert by_budget == sorted(by_budget, reverse=True)
 
 
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="missed with one choice per kv head: +41% perplexity at budget 256 (docs/notes/adamas.md)",
+    reason="missed: PENDING (docs/notes/adamas.md); exact top-k selection misses it too",
 )
 @pytest.mark.timeout(600)
-def test_perplexity_and_divergence_at_8k(default_model_path, long_ids):
-    """Increase of perplexity <= 1.5% at budget 256 and 0.5% at 512; mean KL to dense <= 0.08 and 0.04."""
-    context = len(long_ids) - 256
-    plan = Plan.of([Adamas(budget=256)], model=str(default_model_path), engine={"kv_tokens": 8192})
-    rows: list[torch.Tensor] = []
-    figures: dict[int, tuple[float, torch.Tensor]] = {}
-    with hasten.LLM(plan) as llm:
-        runner = llm.engine.runner
-        run_step = runner.run
+def test_perplexity_at_8k(quality):
+    """Increase of perplexity <= 1.5% at budget 256 and <= 0.5% at 512."""
+    assert quality[256].increase <= 0.015
+    assert quality[512].increase <= 0.005
 
-        def recording(chunks):
-            logits = run_step(chunks)
-            if len(chunks[0].token_ids) == 1:
-                rows.append(torch.log_softmax(logits.float(), -1))
-            return logits
 
-        runner.run = recording
-        for budget in (10_000, 512, 256):
-            runner.policy.settings = Adamas(budget=budget)
-            rows.clear()
-            score = llm.score(long_ids, context=context, mode="decode")
-            figures[budget] = (score.perplexity, torch.cat(rows))
-    dense_ppl, dense = figures[10_000]
-    for budget, increase, divergence in ((256, 0.015, 0.08), (512, 0.005, 0.04)):
-        ppl, logprobs = figures[budget]
-        kl = (dense.exp() * (dense - logprobs)).sum(-1).mean()
-        print(f"budget {budget}: ppl {ppl:.4f} against {dense_ppl:.4f}, KL {kl:.4f}")
-        assert ppl / dense_ppl - 1 <= increase
-        assert kl <= divergence
+@pytest.mark.timeout(600)
+def test_passkeys_that_dense_finds_are_found(llm):
+    """At least 95% of them, of at least a dozen, at budget 256."""
+    prompts = passkeys(llm.tokenizer, 1024, texts=2, depths=(0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1))
+    params = SamplingParams(max_tokens=8, temperature=0)
+
+    def right(budget: int) -> list[bool]:
+        with_budget(llm, budget)
+        # One by one: prompts of a text share what comes before their key through the prefix cache.
+        return [p.found_in(llm.generate([list(p.token_ids)], params)[0].text) for p in prompts]
+
+    dense, sparse = right(DENSE), right(256)
+    kept = [kept for kept, known in zip(sparse, dense, strict=True) if known]
+    assert len(kept) >= 12
+    assert sum(kept) >= 0.95 * len(kept)
 
 
 def test_recall_of_the_top_64_is_at_least_quest_s(default_model_path, long_ids, tmp_path):
-    ids = long_ids[:3000]
+    ids = long_ids[:2048]
     checkpoint = open_checkpoint(default_model_path)
     context = BuildContext(
         config=checkpoint.config,
@@ -237,7 +298,7 @@ def test_recall_of_the_top_64_is_at_least_quest_s(default_model_path, long_ids, 
         artefacts=ArtefactStore(tmp_path, "model"),
     )
     q_LTHD, k_LTGD = capture(context, ids)
-    shape, rows = checkpoint.config.shape, torch.arange(len(ids) - 64, len(ids), 4)
+    shape, rows = checkpoint.config.shape, torch.arange(len(ids) - 64, len(ids), 8)
     for budget in (128, 256, 512):
         ours = Adamas(budget=budget, select="per_head").provide("attention_policy", context)
         quest = QuestPolicy(Quest(budget=budget), checkpoint.config.num_layers, shape.size)

@@ -184,13 +184,13 @@ def test_bad_input_is_refused():
         codes.hadamard_nearest(torch.randn(1, 1, 64), 1.0, pool, table, one, 0, per_head=True)
     with pytest.raises(ValueError, match="do not fit"):
         codes.hadamard_nearest(torch.randn(1, 1, 32), 1.0, pool, table, one, 1, per_head=True)
-    with pytest.raises(TypeError, match="q_RHD must be torch.float32"):
+    with pytest.raises(TypeError, match=r"q_RHD must be torch\.float32"):
         codes.hadamard_nearest(torch.randn(1, 1, 64).bfloat16(), 1.0, pool, table, one, 1, per_head=True)
+    long = torch.tensor([16], dtype=torch.int32)
     with pytest.raises(ValueError, match="outside the pool"):
-        long = torch.tensor([16], dtype=torch.int32)
         codes.hadamard_nearest(torch.randn(1, 1, 64), 1.0, pool, table, long, 1, per_head=True)
+    many = torch.zeros(1, 43, 16, dtype=torch.uint8)
     with pytest.raises(ValueError, match="42 query heads"):
-        many = torch.zeros(1, 43, 16, dtype=torch.uint8)
         codes.hadamard_select(many, pool, table, one, 4, per_head=False)
     with pytest.raises(ValueError, match="do not fit"):
         codes.hadamard_append(torch.randn(1, 2, 64), 1.0, pool, torch.tensor([0]))

@@ -40,7 +40,8 @@ class Adamas(Technique):
 
     budget: int = Field(256, ge=1, description="cached tokens a decode row reads, the current one included")
     select: Literal["group", "per_head"] = Field(
-        "group", description="one choice per kv head (its query heads' distances summed) or per query head"
+        "per_head",
+        description="one choice per query head (the paper's) or per kv head, its heads' distances summed",
     )
     dense_layers: int = Field(2, ge=0, description="first layers that stay dense")
     spread: float = Field(

@@ -1,9 +1,9 @@
 """Two-bit Hadamard codes (Adamas, arXiv 2510.18413): encode, append to a sidecar, distances, nearest tokens.
 
 A code is D / 4 bytes: coordinate c is bits 2 (c % 4) and up of byte c // 4. In the sidecar [N, G, P, B] the codes of W
-tokens lie transposed (byte j of token t at (t // W) W B + j W + t % W of its page and head; W is the largest of 32, 16
-and 1 that divides P), because a scan looks at one byte of many tokens at a time; `reference.codes.blocked` says the same
-in PyTorch.
+tokens lie transposed, because a scan looks at one byte of many tokens at a time: byte j of token t is at
+(t // W) W B + j W + t % W of its page and head, W being the largest of 32, 16 and 1 that divides P.
+`hasten.kernels.reference.codes.blocked` says the same in PyTorch.
 
 Legend: T rows, R decode rows, H query heads, G kv heads, X choices (G or H), D head size, B = D / 4 bytes of a code,
 N pages, P page size, M pages of a row, L longest context, K budget.

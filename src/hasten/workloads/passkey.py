@@ -26,7 +26,7 @@ _QUESTION = "\n\nWhat is the pass key?"
 _ANSWER = "The pass key is"
 _SHORTEST = 128
 
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+DEPTHS = (0.9, 0.7, 0.5, 0.3, 0.1)  # the deepest first: later prompts find their beginnings in a prefix cache
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def passkeys(
     if length < _SHORTEST:
         raise RequestError(f"a passkey prompt needs at least {_SHORTEST} tokens, not {length}")
     if texts < 1 or not depths:
-        raise RequestError(f"passkey prompts need at least one text and one depth, not {texts} and {len(depths)}")
+        raise RequestError(
+            f"passkey prompts need at least one text and one depth, not {texts} and {len(depths)}"
+        )
     wrong = [depth for depth in depths if not 0 <= depth <= 1]
     if wrong:
         raise RequestError(f"depth {wrong[0]} of a passkey is not between 0 and 1")
