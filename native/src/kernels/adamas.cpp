@@ -153,25 +153,30 @@ template <int C, int W>
 inline void block_distances(const Tables* tables, const std::uint8_t* codes, std::uint16_t* out, std::int64_t stride) {
   const __m256i nibble = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
   const int bytes = tables[0].nibbles / 2, run = tables[0].run / 2;
+  const int step = run < bytes && run >= 4 && bytes % 4 == 0 ? 4 : run;  // a loop of fixed length costs no misprediction
   const __m128i* entry[C];
   for (int c = 0; c < C; ++c) entry[c] = reinterpret_cast<const __m128i*>(tables[c].entry.data());
-  __m256i even[C], odd[C];
+  __m256i even[C], odd[C], sum[C];
+  auto add_row = [&](int j) {
+    const __m256i row = load_row<W>(codes, bytes, j);
+    const __m256i low = _mm256_and_si256(row, nibble), high = _mm256_and_si256(_mm256_srli_epi16(row, 4), nibble);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry[c] + 2 * j));
+      const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry[c] + 2 * j + 1));
+      sum[c] = _mm256_add_epi8(sum[c], _mm256_add_epi8(_mm256_shuffle_epi8(a, low), _mm256_shuffle_epi8(b, high)));
+    }
+  };
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) even[c] = odd[c] = zero;
-  for (int from = 0; from < bytes; from += run) {
-    const int to = std::min(bytes, from + run);
-    __m256i sum[C];
+  for (int from = 0; from < bytes; from += step) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sum[c] = zero;
-    for (int j = from; j < to; ++j) {
-      const __m256i row = load_row<W>(codes, bytes, j);
-      const __m256i low = _mm256_and_si256(row, nibble), high = _mm256_and_si256(_mm256_srli_epi16(row, 4), nibble);
+    if (step == 4) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        const __m256i a = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry[c] + 2 * j));
-        const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128(entry[c] + 2 * j + 1));
-        sum[c] = _mm256_add_epi8(sum[c], _mm256_add_epi8(_mm256_shuffle_epi8(a, low), _mm256_shuffle_epi8(b, high)));
-      }
+      for (int j = 0; j < 4; ++j) add_row(from + j);
+    } else {
+      for (int j = from; j < std::min(bytes, from + step); ++j) add_row(j);
     }
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -261,6 +266,7 @@ std::int64_t padded(int longest) { return (static_cast<std::int64_t>(longest) + 
 void scan(const Shape& s, const Inputs& in, bool sum, int longest, std::uint16_t* out) {
   const int per_kv = sum ? 1 : s.group(), heads = sum ? s.group() : 1;  // choices of a kv head, heads of a choice
   const int blocks = (longest + block - 1) / block, width = block_width(s.page_size);
+  const int ahead = std::max(1, 128 / s.page_size);  // pages asked for in advance: pages lie anywhere in the pool
   const std::int64_t units = static_cast<std::int64_t>(s.rows) * s.kv_heads, stride = padded(longest);
   static thread_local std::vector<Tables> tables;
   tables.resize(std::max(tables.size(), static_cast<std::size_t>(per_kv)));
@@ -283,9 +289,9 @@ void scan(const Shape& s, const Inputs& in, bool sum, int longest, std::uint16_t
       auto page = [&](int at) {
         return in.codes_NGPB + (static_cast<std::int64_t>(table[at / s.page_size]) * s.kv_heads + g) * page_bytes;
       };
-      if (token + here < end) {
-        const std::uint8_t* next = page(token + here);
-        for (std::int64_t i = 0; i < std::min<std::int64_t>(page_bytes, 2048); i += 64) __builtin_prefetch(next + i);
+      if (const int later = token - offset + ahead * s.page_size; later < end) {
+        const std::uint8_t* next = page(later);
+        for (std::int64_t i = 0; i < page_bytes; i += 64) __builtin_prefetch(next + i);
       }
       distances(tables.data(), per_kv, page(token) + static_cast<std::int64_t>(offset) * s.bytes, width, here, to + token,
                 stride);
@@ -392,20 +398,21 @@ HASTEN_KERNELS(m) {
   });
 
   // Addresses where tensors would cost more than the work: float32 keys [rows, kv heads, size], codes [pages, kv heads,
-  // page size, size / 4].
+  // page size, size / 4], int64 slots [rows].
   m.def("hadamard_append", [](std::uintptr_t k_TGD, float cut, std::uintptr_t codes_NGPB,
-                              Array<const std::int64_t, -1> slot_T, int kv_heads, int size, int pages, int page_size) {
-    const int rows = dim(slot_T, 0), bytes = size / 4, width = block_width(page_size);
+                              std::uintptr_t slot_T, int rows, int kv_heads, int size, int pages, int page_size) {
+    const int bytes = size / 4, width = block_width(page_size);
+    const auto* slot = reinterpret_cast<const std::int64_t*>(slot_T);
     require(size > 0 && size % 8 == 0 && size <= max_size, "head size must be a multiple of 8, at most 1024");
     const std::int64_t slots = static_cast<std::int64_t>(pages) * page_size;
     for (int t = 0; t < rows; ++t)
-      require(slot_T.data()[t] >= 0 && slot_T.data()[t] < slots, "a slot lies outside the pool");
+      require(slot[t] >= 0 && slot[t] < slots, "a slot lies outside the pool");
     const float* k = reinterpret_cast<const float*>(k_TGD);
     auto* codes = reinterpret_cast<std::uint8_t*>(codes_NGPB);
     nb::gil_scoped_release release;
 #pragma omp parallel for schedule(static) if (rows * kv_heads > 256)
     for (int t = 0; t < rows; ++t) {
-      const std::int64_t page = slot_T.data()[t] / page_size, offset = slot_T.data()[t] % page_size;
+      const std::int64_t page = slot[t] / page_size, offset = slot[t] % page_size;
       for (int g = 0; g < kv_heads; ++g) {
         std::uint8_t* to = codes + (page * kv_heads + g) * page_size * bytes + offset / width * width * bytes + offset % width;
         encode_head(k + (static_cast<std::int64_t>(t) * kv_heads + g) * size, size, cut, to, width);
@@ -439,15 +446,18 @@ HASTEN_KERNELS(m) {
     select(s, in, per_head, dim(index_RXK, 2), index_RXK.data(), count_RX.data());
   });
 
-  // Encode and select in one call: float32 queries [rows, heads, size]; index int32 [rows, choices, budget].
-  m.def("hadamard_nearest", [](std::uintptr_t q_RHD, float cut, std::uintptr_t codes_NGPB, Table table_RM,
-                               Lengths length_R, int heads, int kv_heads, int size, int pages, int page_size, int budget,
-                               bool per_head, bool corrected, std::uintptr_t index_RXK, std::uintptr_t count_RX) {
-    const Shape s{dim(table_RM, 0), heads, kv_heads, page_size, size / 4, dim(table_RM, 1)};
+  // Encode and select in one call: float32 queries [rows, heads, size], int32 table [rows, table_width] and lengths;
+  // index int32 [rows, choices, budget].
+  m.def("hadamard_nearest", [](std::uintptr_t q_RHD, float cut, std::uintptr_t codes_NGPB, std::uintptr_t table_RM,
+                               std::uintptr_t length_R, int rows, int table_width, int heads, int kv_heads, int size,
+                               int pages, int page_size, int budget, bool per_head, bool corrected,
+                               std::uintptr_t index_RXK, std::uintptr_t count_RX) {
+    const Shape s{rows, heads, kv_heads, page_size, size / 4, table_width};
+    const auto* table = reinterpret_cast<const std::int32_t*>(table_RM);
+    const auto* length = reinterpret_cast<const std::int32_t*>(length_R);
     require(size % 8 == 0, "head size must be a multiple of 8");
-    require(dim(length_R, 0) == s.rows, "one page-table row and one length per query row");
     require(budget >= 1, "budget must be at least 1");
-    check(s, pages, table_RM.data(), length_R.data());
+    check(s, pages, table, length);
     nb::gil_scoped_release release;
     thread_local std::vector<std::uint8_t> scratch;
     const int vectors = s.rows * heads;
@@ -457,7 +467,7 @@ HASTEN_KERNELS(m) {
 #pragma omp parallel for schedule(static) if (vectors > 256)
     for (int i = 0; i < vectors; ++i)
       encode_head(q + static_cast<std::int64_t>(i) * size, size, cut, query + static_cast<std::int64_t>(i) * s.bytes, 1);
-    const Inputs in{query, reinterpret_cast<const std::uint8_t*>(codes_NGPB), table_RM.data(), length_R.data(), corrected};
+    const Inputs in{query, reinterpret_cast<const std::uint8_t*>(codes_NGPB), table, length, corrected};
     select(s, in, per_head, budget, reinterpret_cast<std::int32_t*>(index_RXK), reinterpret_cast<std::int32_t*>(count_RX));
   });
 }

@@ -65,9 +65,8 @@ def hadamard_append(k_TGD: Tensor, cut: float, codes_NGPB: Tensor, slot_T: Tenso
             f"codes_NGPB {tuple(codes_NGPB.shape)} and slot_T {tuple(slot_T.shape)} do not fit k_TGD "
             f"{tuple(k_TGD.shape)}"
         )
-    native().hadamard_append(
-        address, _check_cut(cut), codes, slot_T.numpy(), kv_heads, size, pages, page_size
-    )
+    slots = _address("slot_T", slot_T, torch.int64, 1)
+    native().hadamard_append(address, _check_cut(cut), codes, slots, rows, kv_heads, size, pages, page_size)
 
 
 def hadamard_distance(
@@ -127,15 +126,18 @@ def hadamard_nearest(
     q_RHD = q_RHD.contiguous()
     address = _address("q_RHD", q_RHD, torch.float32, 3)
     codes = _address("codes_NGPB", codes_NGPB, torch.uint8, 4)
+    table = _address("table_RM", table_RM, torch.int32, 2)
+    length = _address("length_R", length_R, torch.int32, 1)
     if budget < 1:
         raise ValueError(f"budget must be at least 1, not {budget}")
     rows, heads, size = q_RHD.shape
     check_size(size)
     pages, kv_heads, page_size, code = codes_NGPB.shape
-    if 4 * code != size or table_RM.shape[0] != rows:
+    width = table_RM.shape[1]
+    if 4 * code != size or table_RM.shape[0] != rows or length_R.shape[0] != rows:
         raise ValueError(
-            f"codes_NGPB {tuple(codes_NGPB.shape)} and table_RM {tuple(table_RM.shape)} do not fit q_RHD "
-            f"{tuple(q_RHD.shape)}"
+            f"codes_NGPB {tuple(codes_NGPB.shape)}, table_RM {tuple(table_RM.shape)} and length_R "
+            f"{tuple(length_R.shape)} do not fit q_RHD {tuple(q_RHD.shape)}"
         )
     choices = heads if per_head else kv_heads
     index_RXK = torch.empty((rows, choices, budget), dtype=torch.int32)
@@ -144,8 +146,10 @@ def hadamard_nearest(
         address,
         _check_cut(cut),
         codes,
-        table_RM.numpy(),
-        length_R.numpy(),
+        table,
+        length,
+        rows,
+        width,
         heads,
         kv_heads,
         size,
