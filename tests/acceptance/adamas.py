@@ -228,7 +228,7 @@ def quality(llm, long_ids) -> dict[int, Quality]:
         ids = long_ids[start : min(start + 512, first)]
         engine.runner.run([Chunk(kv, start, ids, range(start, start + len(ids)), 0)])
     logprobs: dict[int, torch.Tensor] = {}
-    for budget in (DENSE, 64, 128, 256, 512):
+    for budget in (DENSE, 256, 512):
         with_budget(llm, budget)
         rows = []
         for at in range(first, TEXT - 1):
@@ -250,17 +250,15 @@ def quality(llm, long_ids) -> dict[int, Quality]:
 
 @pytest.mark.timeout(1800)
 def test_divergence_from_dense_at_8k(quality):
-    """Mean KL <= 0.08 at budget 256 and <= 0.04 at 512; it falls as the budget grows."""
-    assert quality[256].divergence <= 0.08
-    assert quality[512].divergence <= 0.04
-    by_budget = [quality[budget].divergence for budget in (64, 128, 256, 512)]
-    assert by_budget == sorted(by_budget, reverse=True)
+    """Mean KL <= 0.08 at budget 256 and <= 0.04 at 512 (`benchmarks/adamas.py --quality` reports 64 and 128 too)."""
+    assert 0 < quality[256].divergence <= 0.08
+    assert 0 < quality[512].divergence <= 0.04
 
 
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="missed: PENDING (docs/notes/adamas.md); exact top-k selection misses it too",
+    reason="missed: +8.9% at 256, +4.0% at 512; exact top-k misses it too (docs/notes/adamas.md)",
 )
 @pytest.mark.timeout(1800)
 def test_perplexity_at_8k(quality):
@@ -272,7 +270,7 @@ def test_perplexity_at_8k(quality):
 @pytest.mark.timeout(1800)
 def test_passkeys_that_dense_finds_are_found(llm):
     """At least 95% of them, of at least a dozen, at budget 256."""
-    prompts = passkeys(llm.tokenizer, 1024, texts=2, depths=(0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1))
+    prompts = passkeys(llm.tokenizer, 768, texts=2, depths=(0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1))
     params = SamplingParams(max_tokens=8, temperature=0)
 
     def right(budget: int) -> list[bool]:
