@@ -228,8 +228,8 @@ def _attend_tokens() -> Iterator[Case]:
 
 
 def _codes() -> Iterator[Case]:
-    length, bytes_ = 8192, SHAPE.size // 8
-    pool = torch.randint(0, 255, (length // PAGE, SHAPE.kv_heads, PAGE, 2, bytes_), dtype=torch.uint8)
+    length = 8192
+    pool = torch.randint(0, 255, (length // PAGE, SHAPE.kv_heads, PAGE, SHAPE.size // 4), dtype=torch.uint8)
     query = codes.hadamard_encode(torch.randn(1, SHAPE.heads, SHAPE.size), 1.0)
     table, lengths = (
         torch.arange(length // PAGE, dtype=torch.int32)[None],
