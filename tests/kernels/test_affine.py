@@ -86,8 +86,7 @@ def make(
 def close(y: torch.Tensor, x: torch.Tensor, weight: AffineWeight) -> None:
     """Within float32 rounding of the magnitudes that the factored sum adds up: codes and lows apart."""
     expected = reference.affine(x.double(), weight)
-    if weight.activations == "int8":
-        x = reference.round_activations(x, weight)
+    x = reference.round_activations(x, weight)
     group_K = torch.arange(weight.width) // weight.group_size
     codes = unpack_codes(weight.words, weight.outputs, weight.width).float()
     scale = expand(weight.scale, weight.outputs, weight.nest)
@@ -203,12 +202,46 @@ def test_int8_activations_match_reference(
 
 
 @LEVELS
-@pytest.mark.parametrize("bits", [4, 8])
-def test_int8_sums_do_not_overflow(level: str, bits: int) -> None:
+@settings(max_examples=100, deadline=None)
+@given(
+    outputs=st.integers(1, 40),
+    inputs=st.one_of(st.integers(1, 200), st.integers(500, 600)),
+    rows=st.one_of(st.integers(0, 20), st.just(140)),
+    bits=st.sampled_from((4, 5, 6, 8)),
+    size=st.sampled_from((16, 32, 48, 64, 80, 192, 1024)),
+    scale=st.sampled_from(SCALES),
+    low=st.sampled_from(LOWS),
+    bias=st.booleans(),
+    perm=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_int16_activations_match_reference(
+    level: str,
+    outputs: int,
+    inputs: int,
+    rows: int,
+    bits: int,
+    size: int,
+    scale: int,
+    low: int,
+    bias: bool,
+    perm: bool,
+    seed: int,
+) -> None:
+    weight = make(outputs, inputs, bits, size, scale, low, seed, bias, perm)
+    weight = replace(weight, activations="int16")
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=random) * torch.randn(rows, 1, generator=random).exp()
+    close(affine(weight, module=_module(level))(x), x, weight)
+
+
+@LEVELS
+@pytest.mark.parametrize(("activations", "bits"), [("int8", 4), ("int8", 8), ("int16", 4), ("int16", 8)])
+def test_integer_sums_do_not_overflow(level: str, activations: str, bits: int) -> None:
     for code in (0, (1 << bits) - 1):
-        weight = make(20, 64, bits, 32, low=OFFSET)
+        weight = make(20, 64, bits, 64, low=OFFSET)
         codes = torch.full((20, 64), code, dtype=torch.uint8)
-        weight = replace(weight, words=pack_codes(codes, bits), activations="int8")
+        weight = replace(weight, words=pack_codes(codes, bits), activations=activations)
         for sign in (1.0, -1.0):
             x = torch.full((5, 64), sign)
             close(affine(weight, module=_module(level))(x), x, weight)
@@ -216,11 +249,30 @@ def test_int8_sums_do_not_overflow(level: str, bits: int) -> None:
         close(affine(weight, module=_module(level))(x), x, weight)
 
 
-def test_int8_activations_lose_little() -> None:
+def test_rounded_activations_lose_little() -> None:
     weight, x = make(64, 576, 4, 32, low=OFFSET), torch.randn(3, 576)
-    exact = affine(weight)(x)
-    error = (affine(replace(weight, activations="int8"))(x) - exact).norm() / exact.norm()
-    assert 1e-5 < float(error) < 0.01
+    exact = dequantize(weight).double() @ x.double().t()
+    error = {
+        name: float((affine(replace(weight, activations=name))(x).t() - exact).norm() / exact.norm())
+        for name in ("float32", "int16", "int8")
+    }
+    error["bfloat16"] = float(
+        (dequantize(weight).double() @ x.bfloat16().double().t() - exact).norm() / exact.norm()
+    )
+    assert error["float32"] < 1e-6
+    assert error["int16"] < error["bfloat16"] / 10
+    assert error["bfloat16"] < error["int8"] < 0.01
+
+
+@LEVELS
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("size", [16, 32])
+def test_rows_do_not_influence_each_other(level: str, bits: int, size: int) -> None:
+    layer = affine(replace(make(20, 300, bits, size), activations="int16"), module=_module(level))
+    x = torch.randn(11, 300) * torch.logspace(-3, 3, 11)[:, None]
+    together = layer(x)
+    for rows in (1, 2, 3, 4, 7):
+        assert torch.equal(layer(x[:rows]), together[:rows])
 
 
 def test_columns_left_out_multiply_nothing() -> None:
@@ -236,7 +288,7 @@ def test_columns_left_out_multiply_nothing() -> None:
 
 
 @LEVELS
-@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("activations", ["float32", "int8", "int16"])
 @pytest.mark.parametrize("rows", [1, 4, 20])
 def test_nan_and_infinity_reach_the_output(level: str, rows: int, activations: str) -> None:
     weight = replace(make(20, 40, 4, 32), activations=activations)
@@ -284,10 +336,9 @@ def test_bad_arguments_are_named() -> None:
         affine(replace(weight, column_K=torch.full((64,), 64, dtype=torch.int32)))
     with pytest.raises(ValueError, match="activations = 'int4'"):
         affine(replace(weight, activations="int4"))
-    with pytest.raises(ValueError, match="int8 activations need 4 or 8 bits"):
-        affine(replace(make(20, 64, 3, 32), activations="int8"))
-    with pytest.raises(ValueError, match="int8 activations need 4 or 8 bits in groups of a multiple of 32"):
-        affine(replace(make(20, 64, 4, 48), activations="int8"))
+    for activations, bits, size in (("int8", 3, 32), ("int8", 4, 48), ("int16", 2, 32), ("int16", 3, 32)):
+        with pytest.raises(ValueError, match=f"no kernel for {activations} activations, {bits} bits and groups"):
+            affine(replace(make(20, 64, bits, size), activations=activations))
     with pytest.raises(ValueError, match="bias must be contiguous"):
         affine(replace(weight, bias_P=torch.ones(20)))
 

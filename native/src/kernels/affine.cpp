@@ -27,27 +27,27 @@ void widen_half(const std::uint16_t* from, float* to) {
 #endif
 }
 
-// A number per group of a block as float32 [groups][16]. unit: the block's scales, for multiples of them.
-void widen(const Affine& a, Kind kind, const void* values, const std::uint16_t* outer, int block, const float* unit,
-           float* to) {
-  const int count = a.groups * kBlock;
-  const std::size_t first = static_cast<std::size_t>(block) * count;
+// Numbers of groups [first, first + count) of a block as float32 [count][16]. unit: their scales, for multiples of them.
+void widen(const Affine& a, Kind kind, const void* values, const std::uint16_t* outer, int block, int first, int count,
+           const float* unit, float* to) {
+  const std::size_t start = (static_cast<std::size_t>(block) * a.groups + first) * kBlock;
+  const int total = count * kBlock;
   if (kind == Kind::offset) {
-    for (int i = 0; i < count; ++i) to[i] = -a.offset * unit[i];
+    for (int i = 0; i < total; ++i) to[i] = -a.offset * unit[i];
   } else if (kind == Kind::zero) {
-    const std::uint8_t* from = static_cast<const std::uint8_t*>(values) + first;
-    for (int i = 0; i < count; ++i) to[i] = -static_cast<float>(from[i]) * unit[i];
+    const std::uint8_t* from = static_cast<const std::uint8_t*>(values) + start;
+    for (int i = 0; i < total; ++i) to[i] = -static_cast<float>(from[i]) * unit[i];
   } else if (kind == Kind::single) {
-    std::memcpy(to, static_cast<const float*>(values) + first, sizeof(float) * count);
+    std::memcpy(to, static_cast<const float*>(values) + start, sizeof(float) * total);
   } else if (kind == Kind::half) {
-    const std::uint16_t* from = static_cast<const std::uint16_t*>(values) + first;
-    for (int i = 0; i < count; i += kBlock) widen_half(from + i, to + i);
+    const std::uint16_t* from = static_cast<const std::uint16_t*>(values) + start;
+    for (int i = 0; i < total; i += kBlock) widen_half(from + i, to + i);
   } else {
-    const std::int8_t* from = static_cast<const std::int8_t*>(values) + first;
+    const std::int8_t* from = static_cast<const std::int8_t*>(values) + start;
     outer += static_cast<std::size_t>(block) * ((a.groups + a.nest - 1) / a.nest) * kBlock;
     float wide[kBlock];
-    for (int g = 0; g < a.groups; ++g) {
-      if (g % a.nest == 0) widen_half(outer + g / a.nest * kBlock, wide);
+    for (int g = 0; g < count; ++g) {
+      if (g == 0 || (first + g) % a.nest == 0) widen_half(outer + (first + g) / a.nest * kBlock, wide);
       for (int i = 0; i < kBlock; ++i) to[g * kBlock + i] = static_cast<float>(from[g * kBlock + i]) * wide[i];
     }
   }
@@ -100,7 +100,7 @@ void many(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* 
   const std::size_t side = static_cast<std::size_t>(a.groups) * kBlock;
   const auto panel = [&](int block, int start, int count) -> const float* {
     float* scale = scratch<1>(2 * side + kDepth * kBlock);
-    if (start == 0) a.expand(block, scale, scale + side);
+    if (start == 0) a.expand(block, 0, a.groups, scale, scale + side);
     float* to = scale + 2 * side;
     fill(a, block, start / kChunk, (count + kChunk - 1) / kChunk, scale, scale + side, to);
     return to;
@@ -111,9 +111,9 @@ void many(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* 
 
 }  // namespace
 
-void Affine::expand(int block, float* scale_out, float* low_out) const {
-  widen(*this, scale_kind, scale, outer_scale, block, nullptr, scale_out);
-  widen(*this, low_kind, low, outer_low, block, scale_out, low_out);
+void Affine::expand(int block, int first, int count, float* scale_out, float* low_out) const {
+  widen(*this, scale_kind, scale, outer_scale, block, first, count, nullptr, scale_out);
+  widen(*this, low_kind, low, outer_low, block, first, count, scale_out, low_out);
 }
 
 void gather(const Affine& a, const float* from, float* to) {
@@ -124,7 +124,8 @@ void gather(const Affine& a, const float* from, float* to) {
 
 void Affine::forward(const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) const {
   if (rows <= 0) return;
-  if (rounded) affine::rounded(*this, x, ldx, rows, y, ldy);
+  if (rounding == Rounding::int16) rounded_int16(*this, x, ldx, rows, y, ldy);
+  else if (rounding == Rounding::int8) rounded_int8(*this, x, ldx, rows, y, ldy);
   else if (rows <= kDirect) direct(*this, x, ldx, rows, y, ldy);
   else many(*this, x, ldx, rows, y, ldy);
 }
@@ -134,11 +135,14 @@ namespace {
 // Addresses and sizes come from the Python face, which has checked them.
 nb::capsule packed_affine(int inputs, int outputs, int bits, int width, int halves, int groups, int nest, Address words,
                           int scale_kind, Address scale, Address outer_scale, int low_kind, Address low,
-                          Address outer_low, float offset, Address bias, Address column, bool rounded) {
-  require(!rounded || ((bits == 4 || bits == 8) && halves % 2 == 0), "no kernel for 8 bit activations and these codes");
+                          Address outer_low, float offset, Address bias, Address column, int rounding) {
+  const auto to = static_cast<Rounding>(rounding);
+  require(to != Rounding::int8 || ((bits == 4 || bits == 8) && halves % 2 == 0),
+          "no kernel for 8 bit activations and these codes");
+  require(to != Rounding::int16 || bits >= 4, "no kernel for 16 bit activations and these codes");
   auto a = std::make_unique<Affine>();
   a->inputs = inputs, a->outputs = outputs, a->bits = bits, a->width = width, a->halves = halves, a->groups = groups;
-  a->chunks = (width + kChunk - 1) / kChunk, a->nest = nest, a->offset = offset, a->rounded = rounded;
+  a->chunks = (width + kChunk - 1) / kChunk, a->nest = nest, a->offset = offset, a->rounding = to;
   a->words = reinterpret_cast<const std::uint32_t*>(words);
   a->scale_kind = static_cast<Kind>(scale_kind), a->low_kind = static_cast<Kind>(low_kind);
   a->scale = reinterpret_cast<const void*>(scale), a->low = reinterpret_cast<const void*>(low);

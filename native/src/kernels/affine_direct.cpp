@@ -125,7 +125,7 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y
 #pragma omp parallel for schedule(static) if (parallel)
   for (int b = 0; b < blocks; ++b) {
     float* scale = scratch<1>(2 * side);
-    a.expand(b, scale, scale + side);
+    a.expand(b, 0, a.groups, scale, scale + side);
     const float* bias = a.bias != nullptr ? a.bias + b * kBlock : dense::zeros();
     const int valid = std::min(kBlock, a.outputs - b * kBlock);
     float edge[kTall * kBlock];

@@ -245,7 +245,7 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y
   for (int task = 0; task < tasks; ++task) {
     const int b = task % blocks, begin = task / blocks * kRows, end = std::min(rows, begin + kRows);
     float* scale = scratch<1>(2 * side);
-    a.expand(b, scale, scale + side);
+    a.expand(b, 0, a.groups, scale, scale + side);
     const float* bias = a.bias != nullptr ? a.bias + b * kBlock : dense::zeros();
     const int valid = std::min(kBlock, a.outputs - b * kBlock);
     float edge[kTall * kBlock];
@@ -263,7 +263,7 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y
 
 }  // namespace
 
-void rounded(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
+void rounded_int8(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
   if (a.bits == 4) run<4>(a, x, ldx, rows, y, ldy);
   else run<8>(a, x, ldx, rows, y, ldy);
 }

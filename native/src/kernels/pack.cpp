@@ -9,15 +9,11 @@ namespace {
 // f(column, word, bit, code's lowest bit, bits) for every contiguous piece of every code of a chunk.
 template <int B, typename F, int... C>
 inline void each_piece(F f, std::integer_sequence<int, C...>) {
-  using P = Place<B>;
   auto column = [&]<int c>() {
-    if constexpr (P::split(c)) {
-      for (int i = 0; i < pieces<B>; ++i) {
-        const Piece p = piece<B>(c / kHalf, i);
-        f(c, p.word, p.bit, 2 * i, p.bits);
-      }
-    } else {
-      f(c, P::word(c), P::bit(c), 0, B);
+    for (int i = 0, low = 0; i < Place<B>::pieces(c); ++i) {
+      const Piece p = Place<B>::piece(c, i);
+      f(c, p.word, p.bit, low, p.bits);
+      low += p.bits;
     }
   };
   (column.template operator()<C>(), ...);

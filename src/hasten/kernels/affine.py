@@ -1,9 +1,16 @@
 """Linear layers over group-quantised weights: w[o, i] = scale[o, g] * code[o, i] + low[o, g].
 
-Codes of 2, 3, 4, 5, 6 or 8 bits are packed densely (see native/src/kernels/affine_codes.h); activations stay float32
-and accumulation is float32, so the result is that of the dequantised weight up to rounding. A few rows multiply
-codes as they are cut out of their words, y = sum_g scale_g (sum code x) + low_g (sum x); more rows dequantise a
-block of 16 outputs and use the dense tile. Source: GPTQ (arXiv 2210.17323), section 4, inference kernel.
+Codes of 2, 3, 4, 5, 6 or 8 bits are packed densely (see native/src/kernels/affine_codes.h). With float32 activations
+accumulation is float32, so the result is that of the dequantised weight up to rounding: a few rows multiply codes as
+they are cut out of their words, y = sum_g scale_g (sum code x) + low_g (sum x); more rows dequantise a block of 16
+outputs and use the dense tile. Source: GPTQ (arXiv 2210.17323), section 4, inference kernel.
+
+Rounded activations are multiplied as integers, exactly, and scaled in float32; rows do not influence each other:
+
+| activations | rounded to multiples of | bits of codes | groups of |
+| --- | --- | --- | --- |
+| int16 | max / 32767 of the row: finer than bfloat16 | 4, 5, 6, 8 | any multiple of 16 |
+| int8 | max / 127 per 32 stored columns | 4 (8 bit codes gain nothing over int16) | multiples of 32 |
 
 How scales and lows are stored is a `Numbers`: float16, float32, int8 times a float16 per several groups (k-quants), or,
 for lows, multiples of the scale: one for all (offset) or a uint8 per group (zero points).
@@ -27,6 +34,7 @@ from hasten.kernels.packed import BLOCK, Packed, address, pad_rows
 BITS = (2, 3, 4, 5, 6, 8)
 CHUNK = 32  # columns
 HALF = 16  # columns: groups begin and end at multiples of this
+ACTIVATIONS = ("float32", "int8", "int16")
 
 HALF_KIND, SINGLE, NESTED, OFFSET, ZERO = range(5)
 _DTYPES = {HALF_KIND: torch.float16, SINGLE: torch.float32, NESTED: torch.int8, ZERO: torch.uint8}
@@ -50,8 +58,7 @@ class AffineWeight:
     """A packed weight. words: int32 [N, C, B, 16]. group_size: stored columns per group, a multiple of 16.
 
     nest: groups per outer number of NESTED. column_K: int32, the input of each stored column (-1: none), None if in
-    order. bias_P: float32. activations: "float32", or "int8": rounded per 32 stored columns, for 4 and 8 bits and
-    groups of whole chunks (see `has_int8`).
+    order. bias_P: float32. activations: "float32", "int16" or "int8" (see `has_activations`).
     """
 
     inputs: int
@@ -72,9 +79,11 @@ class AffineWeight:
         return self.inputs if self.column_K is None else self.column_K.numel()
 
 
-def has_int8(bits: int, group_size: int) -> bool:
-    """Whether codes of ``bits`` in groups of ``group_size`` stored columns can meet int8 activations."""
-    return bits in (4, 8) and group_size % CHUNK == 0
+def has_activations(activations: str, bits: int, group_size: int) -> bool:
+    """Whether codes of ``bits`` in groups of ``group_size`` stored columns can meet such activations."""
+    if activations == "int8":
+        return bits in (4, 8) and group_size % CHUNK == 0
+    return activations == "float32" or bits >= 4
 
 
 def group_count(width: int, group_size: int) -> int:
@@ -192,13 +201,10 @@ def affine(weight: AffineWeight, *, module: ModuleType | None = None) -> Packed:
         int(weight.column_K.max()) >= weight.inputs or int(weight.column_K.min()) < -1
     ):
         raise ValueError(f"column names an input outside [0, {weight.inputs})")
-    rounded = weight.activations == "int8"
-    if not rounded and weight.activations != "float32":
-        raise ValueError(f"activations = {weight.activations!r}: choose float32 or int8")
-    if rounded and not has_int8(bits, size):
-        raise ValueError(
-            f"int8 activations need 4 or 8 bits in groups of a multiple of {CHUNK}, not {bits} bits in groups of {size}"
-        )
+    if weight.activations not in ACTIVATIONS:
+        raise ValueError(f"activations = {weight.activations!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if not has_activations(weight.activations, bits, size):
+        raise ValueError(f"no kernel for {weight.activations} activations, {bits} bits and groups of {size} columns")
     blocks, groups = -(-weight.outputs // BLOCK), group_count(width, size)
     scale, outer_scale = _address("scale", weight.scale, weight, groups)
     low, outer_low = _address("low", weight.low, weight, groups)
@@ -221,6 +227,6 @@ def affine(weight: AffineWeight, *, module: ModuleType | None = None) -> Packed:
         weight.low.offset,
         address("bias", weight.bias_P, (blocks * BLOCK,), torch.float32),
         address("column", weight.column_K, (width,), torch.int32),
-        rounded,
+        ACTIVATIONS.index(weight.activations),
     )
     return Packed(lib, handle, weight.inputs, weight.outputs, (weight,))
