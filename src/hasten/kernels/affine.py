@@ -82,7 +82,7 @@ class AffineWeight:
 def has_activations(activations: str, bits: int, group_size: int) -> bool:
     """Whether codes of ``bits`` in groups of ``group_size`` stored columns can meet such activations."""
     if activations == "int8":
-        return bits in (4, 8) and group_size % CHUNK == 0
+        return bits == 4 and group_size % CHUNK == 0
     return activations == "float32" or bits >= 4
 
 
@@ -204,7 +204,9 @@ def affine(weight: AffineWeight, *, module: ModuleType | None = None) -> Packed:
     if weight.activations not in ACTIVATIONS:
         raise ValueError(f"activations = {weight.activations!r}: choose one of {', '.join(ACTIVATIONS)}")
     if not has_activations(weight.activations, bits, size):
-        raise ValueError(f"no kernel for {weight.activations} activations, {bits} bits and groups of {size} columns")
+        raise ValueError(
+            f"no kernel for {weight.activations} activations, {bits} bits and groups of {size} columns"
+        )
     blocks, groups = -(-weight.outputs // BLOCK), group_count(width, size)
     scale, outer_scale = _address("scale", weight.scale, weight, groups)
     low, outer_low = _address("low", weight.low, weight, groups)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from hasten.core.errors import SettingError, UnsupportedError
 from hasten.kernels.affine import (
+    ACTIVATIONS,
     BITS,
     CHUNK,
     HALF,
@@ -25,7 +26,7 @@ from hasten.kernels.affine import (
     affine,
     dequantize,
     group_count,
-    has_int8,
+    has_activations,
     pack_codes,
     pack_groups,
 )
@@ -37,9 +38,17 @@ GRIDS = ("asymmetric", "symmetric", "float-min")
 
 
 def check_activations(activations: str) -> None:
-    """Raise `SettingError` unless ``activations`` is ``"float32"`` or ``"int8"``."""
-    if activations not in ("float32", "int8"):
-        raise SettingError(f"activations = {activations!r}: choose float32 (exact) or int8 (rounded, faster)")
+    """Raise `SettingError` unless ``activations`` is one of the kernels' `ACTIVATIONS`."""
+    if activations not in ACTIVATIONS:
+        raise SettingError(
+            f"activations = {activations!r}: choose float32 (exact), int16 (finer than bfloat16) or int8 (coarse, fastest)"
+        )
+
+
+def finest_activations(activations: str, bits: int, group_size: int) -> str:
+    """``activations`` where codes of ``bits`` in groups of ``group_size`` can meet them, else the next finer ones."""
+    finer = ("int8", "int16", "float32")
+    return next(a for a in finer[finer.index(activations) :] if has_activations(a, bits, group_size))
 
 
 def store_scale(scale_OG: Tensor, groups: int) -> Numbers:
@@ -63,14 +72,14 @@ def store_low(low_OG: Tensor, scale_OG: Tensor, groups: int) -> Numbers:
 
 
 class AffineLinear(KernelLinear):
-    """A linear layer of packed codes; activations stay float32 (GPTQ, arXiv 2210.17323, section 4).
+    """A linear layer of packed codes (GPTQ, arXiv 2210.17323, section 4).
 
     codes_OI: uint8 [O, I], columns in stored order. scale_OG, low_OG: float32 [O, G], stored as float16 where exact,
     else float32; lows that are multiples of the scale as one number or uint8. bits: 2, 3, 4, 5, 6 or 8.
     group_size: columns per group, in stored order; the last group may be shorter. Groups that are no multiple of 16
     are filled up to one (which wastes memory). bias_O: float32 or None. perm_I: stored column i multiplies input
-    ``perm_I[i]`` (act_order), None if in order. activations: ``"float32"``, or ``"int8"``: rounded on entry, one scale
-    per 32 stored columns (4 and 8 bits in groups of a multiple of 32; faster, not exact).
+    ``perm_I[i]`` (act_order), None if in order. activations: ``"float32"`` (never rounded), ``"int16"`` or ``"int8"``
+    (rounded on entry; see `hasten.kernels.affine`).
     Raises `UnsupportedError` naming the tensor that does not fit.
     """
 
@@ -119,10 +128,9 @@ class AffineLinear(KernelLinear):
             ).flatten()
             codes_OI = pad(pad(codes_OI, (0, rest)).view(outputs, -1, group_size), (0, gap)).flatten(1)
         groups = group_count(codes_OI.shape[1], size)
-        if activations == "int8" and not has_int8(bits, size):
+        if not has_activations(activations, bits, size):
             raise UnsupportedError(
-                f"int8 activations need 4 or 8 bits in groups of a multiple of {CHUNK}, not {bits} bits in groups of "
-                f"{group_size}"
+                f"no kernel multiplies {activations} activations by {bits} bits in groups of {group_size}"
             )
         try:
             words = pack_codes(codes_OI, bits)
@@ -251,7 +259,7 @@ class AffineFormat(WeightFormat):
     """Every linear layer rounded to nearest: ``bits`` per weight, one scale per ``group_size`` inputs (None: per row).
 
     grid: see `round_to_nearest`. head_bits: of the LM head, None to treat it like the others. activations: see
-    `AffineLinear`.
+    `AffineLinear`; a head of other bits that cannot meet them gets the next finer ones.
     """
 
     def __init__(
@@ -270,12 +278,10 @@ class AffineFormat(WeightFormat):
         if grid not in GRIDS:
             raise SettingError(f"grid = {grid!r}: choose one of {', '.join(GRIDS)}")
         check_activations(activations)
-        for value in (bits, head_bits):
-            if activations == "int8" and value is not None and not has_int8(value, group_size or CHUNK):
-                raise SettingError(
-                    f"activations = 'int8' need 4 or 8 bits in groups of a multiple of {CHUNK}, "
-                    f"not {value} bits in groups of {group_size}"
-                )
+        if not has_activations(activations, bits, group_size or CHUNK):
+            raise SettingError(
+                f"activations = {activations!r} do not go with {bits} bits in groups of {group_size}; choose float32"
+            )
         self.bits, self.group_size, self.grid, self.head_bits = bits, group_size, grid, head_bits
         self.activations = activations
 
@@ -291,5 +297,7 @@ class AffineFormat(WeightFormat):
             bits=bits,
             group_size=size,
             bias_O=source.bias_O,
-            activations=self.activations,
+            activations=self.activations
+            if bits == self.bits
+            else finest_activations(self.activations, bits, size),
         )

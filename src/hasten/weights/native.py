@@ -30,12 +30,11 @@ from hasten.kernels.affine import (
     AffineWeight,
     Numbers,
     group_count,
-    has_int8,
     pack_codes,
     pack_groups,
 )
 from hasten.kernels.packed import pad_rows
-from hasten.weights.affine import AffineLinear, check_activations
+from hasten.weights.affine import AffineLinear, check_activations, finest_activations
 from hasten.weights.dense import DenseLinear
 from hasten.weights.format import LinearSource, PackedLinear, QuantBlocks, WeightFormat
 from hasten.weights.gptq_files import stored_linear
@@ -179,11 +178,12 @@ def repack(blocks: QuantBlocks) -> AffineWeight:
 class NativeFormat(WeightFormat):
     """Every linear layer as the checkpoint stores it (``dtype = "auto"``); see the table at the top of the file.
 
-    activations: ``"float32"``, or ``"int8"``: layers of 4 and 8 bit codes in groups of 32 round their inputs to 8 bits
-    (faster, not exact); layers stored in another way keep float32 ones.
+    activations: what quantised layers round their inputs to. ``"int16"``: per row, finer than bfloat16 (perplexity within
+    0.1%). ``"int8"``: per 32 inputs where codes have 4 bits (faster for many rows; perplexity rises by some 0.3%).
+    ``"float32"``: nothing. GPTQ folders and plain weights always meet float32 activations.
     """
 
-    def __init__(self, activations: str = "float32") -> None:
+    def __init__(self, activations: str = "int16") -> None:
         check_activations(activations)
         self.activations = activations
 
@@ -200,7 +200,6 @@ class NativeFormat(WeightFormat):
                 bias_O = source.bias_O[start : start + weight.outputs].float()
                 weight = replace(weight, bias_P=pad_rows(bias_O).flatten())
             start += weight.outputs
-            if has_int8(weight.bits, weight.group_size):
-                weight = replace(weight, activations=self.activations)
-            parts.append(AffineLinear.from_weight(weight))
+            activations = finest_activations(self.activations, weight.bits, weight.group_size)
+            parts.append(AffineLinear.from_weight(replace(weight, activations=activations)))
         return parts[0] if len(parts) == 1 else StackedLinear(parts)

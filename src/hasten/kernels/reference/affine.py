@@ -27,9 +27,9 @@ def unpack_codes(words: Tensor, outputs: int, columns: int) -> Tensor:
             # Four bits as 4 bit codes lie; the others in words 4 and 5, by byte (pair of nibbles), word and nibble.
             high = bits - 4
             place = (eighth * 2 + within % 2) * high
-            code = field(eighth, within * 4, 4) | field(
-                4 + place // 8, within // 2 * 8 + place % 8, high
-            ) << 4
+            code = (
+                field(eighth, within * 4, 4) | field(4 + place // 8, within // 2 * 8 + place % 8, high) << 4
+            )
         elif bits == 3 and column % 16 == 15:
             # Put together from the top two bits of the half's own word and one bit of the last word.
             half = column // 16
