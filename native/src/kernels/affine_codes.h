@@ -38,7 +38,8 @@ struct vi {
   vf to_float() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 inline vi operator|(vi a, vi b) { return {_mm512_or_si512(a.v, b.v)}; }
-// acc + the products of both int16 halves of a and b.
+// The products of both int16 halves of a and b, added to acc.
+inline vi dot_pairs(vi a, vi b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 inline vi dot_pairs(vi acc, vi a, vi b) { return {_mm512_dpwssd_epi32(acc.v, a.v, b.v)}; }
 #elif defined(__AVX2__)
 struct vi {
@@ -56,6 +57,7 @@ struct vi {
   vf to_float() const { return {_mm256_cvtepi32_ps(v)}; }
 };
 inline vi operator|(vi a, vi b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline vi dot_pairs(vi a, vi b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 inline vi dot_pairs(vi acc, vi a, vi b) { return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))}; }
 #else
 struct vi {
@@ -73,11 +75,11 @@ struct vi {
   vf to_float() const { return {static_cast<float>(static_cast<std::int32_t>(v))}; }
 };
 inline vi operator|(vi a, vi b) { return {a.v | b.v}; }
-inline vi dot_pairs(vi acc, vi a, vi b) {
+inline vi dot_pairs(vi a, vi b) {
   const auto half = [](std::uint32_t x) { return static_cast<std::int32_t>(static_cast<std::int16_t>(x & 0xffffu)); };
-  const std::int32_t low = half(a.v) * half(b.v), high = half(a.v >> 16) * half(b.v >> 16);
-  return {acc.v + static_cast<std::uint32_t>(low) + static_cast<std::uint32_t>(high)};
+  return {static_cast<std::uint32_t>(half(a.v) * half(b.v) + half(a.v >> 16) * half(b.v >> 16))};
 }
+inline vi dot_pairs(vi acc, vi a, vi b) { return {acc.v + dot_pairs(a, b).v}; }
 #endif
 
 // A code, or a part of one: `bits` bits from `bit` of a word on. Column C (0..31) of a chunk has one or two, lowest first.

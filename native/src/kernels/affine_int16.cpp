@@ -9,6 +9,8 @@
 
 #include "affine_codes.h"
 
+#define HASTEN_INLINE __attribute__((always_inline))
+
 namespace hasten::affine {
 namespace {
 
@@ -125,45 +127,56 @@ inline void settle(vi& acc) {
 #endif
 }
 
-// Pairs of quarter Q (8 columns) of a chunk; B = 16: words are pairs already.
-template <int B, int Q>
-inline void quarter(const std::uint32_t* words, vi (&p)[4]) {
+// f.operator()<0>(), <1>(), ...: an unrolled loop (with constants, so that no compiler decides otherwise).
+template <int N, typename F>
+HASTEN_INLINE inline void unroll(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) HASTEN_INLINE { (f.template operator()<I>(), ...); }
+  (std::make_integer_sequence<int, N>());
+}
+
+// Pair I of quarter Q (8 columns) of a chunk; B = 16: words are pairs already.
+template <int B, int Q, int I>
+HASTEN_INLINE inline vi pair(const std::uint32_t* words) {
   if constexpr (B == 16) {
-    for (int i = 0; i < 4; ++i) p[i] = vi::load(words + (4 * Q + i) * kBlock);
+    return vi::load(words + (4 * Q + I) * kBlock);
   } else if constexpr (B == 8) {
-    const vi low = vi::load(words + 2 * Q * kBlock), high = vi::load(words + (2 * Q + 1) * kBlock);
-    p[0] = low.mask<0xff00ff>(), p[1] = low.shift_halves<8>();
-    p[2] = high.mask<0xff00ff>(), p[3] = high.shift_halves<8>();
+    const vi word = vi::load(words + (2 * Q + I / 2) * kBlock);
+    if constexpr (I % 2 == 0) return word.mask<0xff00ff>();
+    else return word.shift_halves<8>();
   } else {
     const vi word = vi::load(words + Q * kBlock);
-    if constexpr (B == 4) {
-      p[0] = word.mask<0xf000f>(), p[1] = word.template shift<4>().template mask<0xf000f>();
-      p[2] = word.template shift<8>().template mask<0xf000f>(), p[3] = word.shift_halves<12>();
+    if constexpr (B == 4 && I == 3) {
+      return word.shift_halves<12>();
+    } else if constexpr (B == 4) {
+      return word.template shift<4 * I>().template mask<0xf000f>();
     } else {
-      constexpr int high = B - 4, place = 2 * Q * high;
-      constexpr std::uint32_t top = ((1u << high) - 1) * 0x10101010u;
+      // Bytes of the even or odd nibbles with their high bits, then every other byte.
+      constexpr int high = B - 4, place = (2 * Q + I % 2) * high;
       const vi more = vi::load(words + (4 + place / 8) * kBlock);
-      const vi even = word.mask<0x0f0f0f0f>() | more.template shift<place % 8 - 4>().template mask<top>();
-      const vi odd = word.template shift<4>().template mask<0x0f0f0f0f>() |
-                     more.template shift<place % 8 + high - 4>().template mask<top>();
-      p[0] = even.mask<0xff00ff>(), p[1] = odd.mask<0xff00ff>();
-      p[2] = even.template shift_halves<8>(), p[3] = odd.template shift_halves<8>();
+      const vi bytes = word.template shift<I % 2 * 4>().template mask<0x0f0f0f0f>() |
+                       more.template shift<place % 8 - 4>().template mask<((1u << high) - 1) * 0x10101010u>();
+      if constexpr (I < 2) return bytes.mask<0xff00ff>();
+      else return bytes.shift_halves<8>();
     }
   }
 }
 
-template <int B, int Q, int R>
-inline void quarter_dot(const std::uint32_t* words, const std::int32_t* x, vi (&acc)[R][kV]) {
-  vi p[kV][4];
-  for (int v = 0; v < kV; ++v) quarter<B, Q>(words + v * vf::width, p[v]);
-  for (int i = 0; i < 4; ++i)
-    for (int r = 0; r < R; ++r) {
-      const vi value = vi::set(x[r * kPairs + 4 * Q + i]);
-      for (int v = 0; v < kV; ++v) {
-        acc[r][v] = dot_pairs(acc[r][v], p[v][i], value);
+// acc += (First: =) the products of quarter Q.
+template <int B, int Q, bool First, int R>
+HASTEN_INLINE inline void quarter_dot(const std::uint32_t* words, const std::int32_t* x, vi (&acc)[R][kV]) {
+  unroll<4>([&]<int N>() HASTEN_INLINE {
+    constexpr int I = N % 2 * 2 + N / 2;  // what is cut out of the same bytes, one after the other
+    vi p[kV];
+    unroll<kV>([&]<int v>() HASTEN_INLINE { p[v] = pair<B, Q, I>(words + v * vf::width); });
+    unroll<R>([&]<int r>() HASTEN_INLINE {
+      const vi value = vi::set(x[r * kPairs + 4 * Q + I]);
+      unroll<kV>([&]<int v>() HASTEN_INLINE {
+        if constexpr (First && N == 0) acc[r][v] = dot_pairs(p[v], value);
+        else acc[r][v] = dot_pairs(acc[r][v], p[v], value);
         settle(acc[r][v]);
-      }
-    }
+      });
+    });
+  });
 }
 
 // Where the scales of a run of units begin, and how many units are left of the first group.
@@ -180,33 +193,27 @@ void multiply(const std::uint32_t* words, const std::int32_t* x, const float* su
     const std::int32_t* value = x;
     const float *s = scales.scale + at, *m = scales.low + at, *part = sum;
     int left = scales.left;
-    vf y[R][kV];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kV; ++v) y[r][v] = vf::load(total + r * kBlock + at + v * vf::width);
+    float* y = total + at;
     vi acc[R][kV];
-    const auto clear = [&] {
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kV; ++v) acc[r][v] = vi::zero();
-    };
-    const auto end_unit = [&] {
+    const auto end_unit = [&]() HASTEN_INLINE {
       for (int v = 0; v < kV; ++v) {
         const vf sv = vf::load(s + v * vf::width), mv = vf::load(m + v * vf::width);
-        for (int r = 0; r < R; ++r) y[r][v] = fma(sv, acc[r][v].to_float(), fma(mv, vf::set(part[r]), y[r][v]));
+        unroll<R>([&]<int r>() HASTEN_INLINE {
+          float* to = y + r * kBlock + v * vf::width;
+          fma(sv, acc[r][v].to_float(), fma(mv, vf::set(part[r]), vf::load(to))).store(to);
+        });
       }
       part += kTall;
       if (--left == 0) s += kBlock, m += kBlock, left = scales.per_group;
     };
     for (int c = 0; c < chunks; ++c, w += B * kBlock, value += kTall * kPairs) {
-      clear();
-      quarter_dot<B, 0, R>(w, value, acc);
-      quarter_dot<B, 1, R>(w, value, acc);
-      if constexpr (U == 2) end_unit(), clear();
-      quarter_dot<B, 2, R>(w, value, acc);
-      quarter_dot<B, 3, R>(w, value, acc);
+      quarter_dot<B, 0, true>(w, value, acc);
+      quarter_dot<B, 1, false>(w, value, acc);
+      if constexpr (U == 2) end_unit();
+      quarter_dot<B, 2, U == 2>(w, value, acc);
+      quarter_dot<B, 3, false>(w, value, acc);
       end_unit();
     }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kV; ++v) y[r][v].store(total + r * kBlock + at + v * vf::width);
   }
 }
 
@@ -214,17 +221,10 @@ void multiply(const std::uint32_t* words, const std::int32_t* x, const float* su
 template <int B>
 void spread(const std::uint32_t* words, int chunks, std::uint32_t* to) {
   for (int c = 0; c < chunks; ++c, words += B * kBlock)
-    [&]<int... Q>(std::integer_sequence<int, Q...>) {
-      const auto one = [&]<int q>() {
-        for (int v = 0; v < kBlock; v += vf::width) {
-          vi p[4];
-          quarter<B, q>(words + v, p);
-          for (int i = 0; i < 4; ++i) p[i].store(to + i * kBlock + v);
-        }
-        to += 4 * kBlock;
-      };
-      (one.template operator()<Q>(), ...);
-    }(std::make_integer_sequence<int, 4>());
+    unroll<kPairs>([&]<int I>() HASTEN_INLINE {
+      for (int v = 0; v < kBlock; v += vf::width) pair<B, I / 4, I % 4>(words + v).store(to + v);
+      to += kBlock;
+    });
 }
 
 using Multiply = void (*)(const std::uint32_t*, const std::int32_t*, const float*, Scales, int, float*);
