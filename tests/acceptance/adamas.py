@@ -1,4 +1,4 @@
-"""Acceptance of `adamas` (checks 1, 2, 3, 4 and 6 of its specification; 5 is a speed claim: `hasten bench adamas`)."""
+"""Acceptance of `adamas` (checks 1-4 and 6 of its specification; 5 is speed: `benchmarks/adamas.py --attention`)."""
 
 from __future__ import annotations
 
