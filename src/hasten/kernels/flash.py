@@ -1,0 +1,515 @@
+"""FlashAttention: exact tiled attention, forward and backward, in the order of version 1 or of version 2.
+
+Sources: Dao, Fu, Ermon, Rudra, Re, arXiv 2205.14135 (version 1, algorithms 1, 2, 4 and 5); Dao, arXiv 2307.08691 (version 2,
+algorithms 1 and 2). One native template serves both; a `Schedule` says which of their differences are on.
+
+Row i of a sequence with T query and S key tokens stands at position i + S - T: masks are aligned bottom right.
+
+Legend: B sequences, H query heads, G kv heads, T query tokens, S key tokens, D head size, Q blocks of rows, K blocks of
+keys, N pages, P page size, M pages per sequence, R tokens of a packed batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hasten.kernels.attention import merge
+from hasten.kernels.native import native
+
+__all__ = ["VERSION_1", "VERSION_2", "Masking", "Schedule", "Stats", "backward", "flash_pages", "forward"]
+
+LONGEST = 1 << 24  # tokens of a sequence: positions are exact in float32
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order the tiles are computed; the defaults are version 2 (sections 3.1 to 3.3 of its paper).
+
+    rows_outer: blocks of rows in the outer loop, their output in cache until it is done. False: blocks of keys, as in
+        version 1, every output rewritten once per block.
+    deferred: output unnormalised until the end, powers of two with the scale folded into the queries, one
+        log-sum-exp per row. False: normalised at every tile, natural exponentials, maximum and sum both kept.
+    sequence_parallel: threads share the rows of a head (backward: its keys). False: batch x heads only.
+    skip: leave out tiles that no row sees, mask only tiles that a limit crosses, hand out long tasks first.
+    deterministic: the gradient of the queries has the same bits for any number of threads; threads then share heads only.
+    lanes, tile: query vectors per block of rows, keys per tile (1 to 256). splits: parts of the keys that are
+        computed apart and merged, for few rows over many keys (forward only, ``deferred`` only).
+    """
+
+    rows_outer: bool = True
+    deferred: bool = True
+    sequence_parallel: bool = True
+    skip: bool = True
+    deterministic: bool = False
+    lanes: int = 96
+    tile: int = 64
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        for name, most in (("lanes", 1 << 16), ("tile", 256), ("splits", 1 << 10)):
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be 1 to {most}, not {value}")
+        if self.splits > 1 and not self.deferred:
+            raise ValueError("splits > 1 needs deferred=True: parts are merged by their log-sum-exp")
+
+
+VERSION_2 = Schedule()
+VERSION_1 = Schedule(rows_outer=False, deferred=False, sequence_parallel=False)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What a row sees and how its logits are made: ``scale * q . k``, soft-capped, biased.
+
+    left, right: row at position p sees the keys [p - left, p + right]; None: no bound. Causal is right = 0.
+    softcap: logits become softcap * tanh(logits / softcap).
+    bias_BHTS: float32, broadcastable to [B, H, T, S] (packed batches: to [B, H, longest T, longest S], indexed from each
+        sequence's start), added; -inf hides. No gradient.
+    alibi_H: float32 slopes; -slope * |position - key| is added.
+    keep_BHQK: bool, broadcastable over B and H: blocks of ``block`` x ``block`` tokens that are read.
+    dropout: probability in [0, 1) that a weight is dropped; ``seed`` (0 to 2^64 - 1) and the element's place decide.
+    """
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+    bias_BHTS: Tensor | None = None
+    alibi_H: Tensor | None = None
+    keep_BHQK: Tensor | None = None
+    block: int = 64
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite, not {self.scale}")
+        for name in ("left", "right"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1 << 30:
+                raise ValueError(f"{name} must be 0 to 2^30, not {value}")
+        if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
+            raise ValueError(f"softcap must be positive, not {self.softcap}")
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1 token, not {self.block}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be 0 to 2^64 - 1, not {self.seed}")
+
+    @property
+    def threshold(self) -> int:
+        """An element stays when its 32 random bits reach this."""
+        return min(round(self.dropout * 2**32), 2**32 - 1)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per row, [B, H, T] or packed [H, R]: its log-sum-exp, or (version 1) the maximum and sum it is made of."""
+
+    lse: Tensor
+    sum: Tensor | None = None
+
+    def log_sum_exp(self) -> Tensor:
+        """Natural logarithm; -inf for a row that sees nothing."""
+        return self.lse if self.sum is None else self.lse + torch.log(self.sum)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Where sequences lie in q, k and v: int64 [B, 7] offsets of q, k, v, out, lse in elements, rows, keys."""
+
+    sequences: npt.NDArray[np.int64]
+    heads: int
+    groups: int
+    size: int
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Most query and most key tokens of a sequence."""
+        rows, keys = self.sequences[:, 5:].max(0, initial=0)
+        return int(rows), int(keys)
+
+
+def _aligned(value: Tensor) -> Tensor:
+    return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if value.dtype not in (torch.float32, torch.bfloat16) or value.dtype is not q.dtype:
+            raise TypeError(
+                f"q, k and v must all be float32 or all bfloat16; q is {q.dtype}, {name} {value.dtype}"
+            )
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} is on {value.device}; this kernel runs on the CPU")
+        if value.dim() != q.dim():
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, q {tuple(q.shape)}: dimensions differ")
+    if k.shape != v.shape:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(f"head size of q is {q.shape[-1]}, of k and v {k.shape[-1]}")
+    heads, groups = q.shape[1], k.shape[1]
+    if groups == 0 or heads == 0 or heads % groups:
+        raise ValueError(f"{heads} query heads do not share {groups} kv heads evenly")
+
+
+def _starts(name: str, value: Tensor | Sequence[int], tokens: int) -> npt.NDArray[np.int64]:
+    start = torch.as_tensor(value).to(torch.int64).numpy()
+    if start.ndim != 1 or len(start) < 1 or start[0] != 0 or start[-1] != tokens or (np.diff(start) < 0).any():
+        raise ValueError(f"{name} must rise from 0 to {tokens} tokens, not {start.tolist()}")
+    return start
+
+
+def _batch(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, out: tuple[int, int], lse: tuple[int, int]
+) -> _Batch:
+    """``out``, ``lse``: elements between neighbours of the batch, or of the packed axis."""
+    _check(q, k, v)
+    if q.dim() == 4:
+        if cu_q is not None or cu_k is not None:
+            raise ValueError("cu_q and cu_k belong to packed tensors [tokens, heads, size]")
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"q holds {q.shape[0]} sequences, k and v {k.shape[0]}")
+        at = np.arange(q.shape[0], dtype=np.int64)
+        rows, keys = np.full_like(at, q.shape[2]), np.full_like(at, k.shape[2])
+        steps = (q.stride(0), k.stride(0), v.stride(0), out[0], lse[0])
+        columns = [at * step for step in steps]
+    elif q.dim() == 3:
+        if cu_q is None or cu_k is None:
+            raise ValueError("packed tensors [tokens, heads, size] need cu_q and cu_k")
+        first_q, first_k = _starts("cu_q", cu_q, q.shape[0]), _starts("cu_k", cu_k, k.shape[0])
+        if len(first_q) != len(first_k):
+            raise ValueError(f"cu_q names {len(first_q) - 1} sequences, cu_k {len(first_k) - 1}")
+        rows, keys = np.diff(first_q), np.diff(first_k)
+        columns = [first_q[:-1] * q.stride(0), first_k[:-1] * k.stride(0), first_k[:-1] * v.stride(0)]
+        columns += [first_q[:-1] * out[0], first_q[:-1] * lse[0]]
+    else:
+        raise ValueError(f"q must be [B, H, T, D] or packed [R, H, D], not shape {tuple(q.shape)}")
+    table = np.ascontiguousarray(np.stack([*columns, rows, keys], 1), np.int64)
+    if len(table) and table[:, 5:].max() >= LONGEST:
+        raise ValueError(f"a sequence must be shorter than {LONGEST} tokens")
+    return _Batch(table, q.shape[1], k.shape[1], q.shape[-1])
+
+
+def _head_strides(value: Tensor) -> tuple[int, int]:
+    """(token, head) strides of [B, H, T, D] or [R, H, D]."""
+    return (value.stride(2), value.stride(1)) if value.dim() == 4 else (value.stride(0), value.stride(1))
+
+
+def _masks(batch: _Batch, masking: Masking, schedule: Schedule) -> dict[str, Any]:
+    """The part of a description that `Masking` and `Schedule` make; tensors under ``held`` must outlive the call."""
+    count, heads = len(batch.sequences), batch.heads
+    rows, keys = batch.longest
+    held: list[Tensor] = []
+    out: dict[str, Any] = {
+        "heads": heads,
+        "groups": batch.groups,
+        "size": batch.size,
+        "sequences": batch.sequences,
+        "scale": float(masking.scale),
+        "softcap": 0.0 if masking.softcap is None else float(masking.softcap),
+        "left": -1 if masking.left is None else masking.left,
+        "right": -1 if masking.right is None else masking.right,
+        "bias": 0,
+        "slope": 0,
+        "keep": 0,
+        "keep_width": 0,
+        "block": masking.block,
+        "threshold": masking.threshold,
+        "seed": masking.seed,
+        "inverse": 1.0 / (1.0 - masking.threshold / 2**32),
+        "held": held,
+        **{name: getattr(schedule, name) for name in Schedule.__dataclass_fields__},
+    }
+    strides = (0, 0, 0, 0)
+    if (bias := masking.bias_BHTS) is not None:
+        if bias.dtype is not torch.float32:
+            raise TypeError(f"bias_BHTS must be float32, not {bias.dtype}")
+        if bias.requires_grad:
+            raise ValueError("bias_BHTS has no gradient here; detach it")
+        bias = _expand("bias_BHTS", bias, (count, heads, rows, keys))
+        held.append(bias)
+        out["bias"], strides = bias.data_ptr(), bias.stride()
+    out |= dict(zip(("bias_batch", "bias_head", "bias_row", "bias_key"), strides, strict=True))
+    if (slope := masking.alibi_H) is not None:
+        if slope.dtype is not torch.float32:
+            raise TypeError(f"alibi_H must be float32, not {slope.dtype}")
+        if slope.shape != (heads,):
+            raise ValueError(f"alibi_H must have shape ({heads},), not {tuple(slope.shape)}")
+        held.append(slope.detach().contiguous())
+        out["slope"] = held[-1].data_ptr()
+    strides = (0, 0, 0, 0)
+    if (keep := masking.keep_BHQK) is not None:
+        if keep.dtype is not torch.bool:
+            raise TypeError(f"keep_BHQK must be bool, not {keep.dtype}")
+        block = masking.block
+        keep = _expand("keep_BHQK", keep, (count, heads, -(-rows // block), -(-keys // block)))
+        if 0 not in keep.shape[2:] and keep.stride()[2:] != (keep.shape[3], 1):
+            keep = keep.contiguous()
+        held.append(keep)
+        out["keep"], strides = keep.data_ptr(), keep.stride()
+        out["keep_width"] = keep.shape[3]
+    out["keep_batch"], out["keep_head"] = strides[:2]
+    return out
+
+
+def _expand(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    try:
+        return value.detach().expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name} of shape {tuple(value.shape)} does not expand to {shape}") from None
+
+
+_NO_PAGES = {"table": 0, "table_width": 0, "page": 1}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masking: Masking,
+    schedule: Schedule = VERSION_2,
+    *,
+    cu_q: Tensor | Sequence[int] | None = None,
+    cu_k: Tensor | Sequence[int] | None = None,
+    module: ModuleType | None = None,
+) -> tuple[Tensor, Stats]:
+    """Attention output, shaped and typed like ``q``, and the rows' float32 statistics.
+
+    q: [B, H, T, D]; k, v: [B, G, S, D]; or packed [R, H, D] and [R', G, D] with ``cu_q``, ``cu_k`` [B + 1], the prefix
+    sums of the sequences' tokens. All float32 or all bfloat16, any strides with contiguous heads; H a multiple of
+    G. Sums are float32. A row that sees nothing gives 0 and -inf.
+
+    ``module`` is a native module of another level (tests). Raises TypeError for a wrong dtype and ValueError for shapes or
+    settings that do not fit.
+    """
+    lib = native() if module is None else module
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    if schedule.splits > 1:
+        return _split(q, k, v, masking, schedule, cu_q, cu_k, lib)
+    out = torch.empty(q.shape)
+    lse = torch.empty(q.shape[:3] if q.dim() == 4 else q.shape[1::-1])
+    batch = _batch(q, k, v, cu_q, cu_k, (out.stride(0), 0), (lse.stride(0) if q.dim() == 4 else 1, 0))
+    total = None if schedule.deferred else torch.empty_like(lse)
+    _call(lib, batch, q, k, v, masking, schedule, out, lse, total)
+    return out.to(q.dtype), Stats(lse, total)
+
+
+def _lse_stride(lse: Tensor) -> tuple[int, int]:
+    """(token, head) strides of [B, H, T] or [H, R]."""
+    return (1, lse.stride(-2))
+
+
+def _call(
+    lib: ModuleType,
+    batch: _Batch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masking: Masking,
+    schedule: Schedule,
+    out: Tensor,
+    lse: Tensor,
+    total: Tensor | None,
+    **more: Any,
+) -> None:
+    description = _masks(batch, masking, schedule) | {
+        "q": q.data_ptr(),
+        "k": k.data_ptr(),
+        "v": v.data_ptr(),
+        "q_bf16": q.dtype is torch.bfloat16,
+        "kv_bf16": k.dtype is torch.bfloat16,
+        "q_stride": _head_strides(q),
+        "k_stride": _head_strides(k),
+        "v_stride": _head_strides(v),
+        "out": out.data_ptr(),
+        "out_stride": _head_strides(out),
+        "lse": lse.data_ptr(),
+        "lse_stride": _lse_stride(lse),
+        "sum": 0 if total is None else total.data_ptr(),
+        "out_split": 0,
+        "lse_split": 0,
+        **_NO_PAGES,
+    }
+    lib.flash_forward(description | more)
+
+
+def _split(
+    q: Tensor, k: Tensor, v: Tensor, masking: Masking, schedule: Schedule, cu_q: Any, cu_k: Any, lib: ModuleType
+) -> tuple[Tensor, Stats]:
+    """Parts of the keys apart, [splits, rows, H, D], merged by their log-sum-exp."""
+    heads, size, dense = q.shape[1], q.shape[-1], q.dim() == 4
+    per = q.shape[2] if dense else 1
+    rows = q.shape[0] * per
+    splits = schedule.splits
+    out, lse = torch.empty(splits, rows, heads, size), torch.empty(splits, rows, heads)
+    batch = _batch(q, k, v, cu_q, cu_k, (per * heads * size, 0), (per * heads, 0))
+    where = {
+        "out_stride": (heads * size, size),
+        "lse_stride": (heads, 1),
+        "out_split": rows * heads * size,
+        "lse_split": rows * heads,
+    }
+    _call(lib, batch, q, k, v, masking, schedule, out[0], lse[0], None, **where)
+    start = torch.arange(rows + 1, dtype=torch.int32) * splits
+    entry = torch.arange(splits * rows, dtype=torch.int32).view(splits, rows).T.contiguous().view(-1)
+    joined, joined_lse = merge(out.view(-1, heads, size), lse.view(-1, heads), start, entry, module=lib)
+    if not dense:
+        return joined.to(q.dtype), Stats(joined_lse.T.contiguous())
+    shape = (q.shape[0], per, heads)
+    return (
+        joined.view(*shape, size).transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format),
+        Stats(joined_lse.view(shape).transpose(1, 2).contiguous()),
+    )
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Stats,
+    masking: Masking,
+    schedule: Schedule = VERSION_2,
+    *,
+    cu_q: Tensor | Sequence[int] | None = None,
+    cu_k: Tensor | Sequence[int] | None = None,
+    module: ModuleType | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, shaped and typed like them, from what `forward` returned under the same settings.
+
+    Weights are recomputed tile by tile; gradients of kv heads are summed over their query heads in place. Sums are float32.
+    Raises as `forward` does.
+    """
+    lib = native() if module is None else module
+    if (stats.sum is None) != schedule.deferred:
+        raise ValueError("stats were made by another version than the schedule's")
+    if dout.shape != q.shape or out.shape != q.shape:
+        raise ValueError(f"dout {tuple(dout.shape)}, out {tuple(out.shape)}, q {tuple(q.shape)} must agree")
+    size = q.shape[-1]
+    pad = -size % lib.flash_vector
+    # Gradients run on whole float32 vectors: other inputs are copied, which costs memory linear in length.
+    q32, k32, v32 = (_aligned(_whole(x, pad)) for x in (q, k, v))
+    dout32, out32 = (_whole(x, pad).contiguous() for x in (dout, out))
+    dq, dk, dv = torch.zeros_like(dout32), torch.empty(k32.shape), torch.empty(v32.shape)
+    lse = stats.lse.contiguous()
+    dense = q.dim() == 4
+    batch = _batch(
+        q32, k32, v32, cu_q, cu_k, (out32.stride(0), 0), (lse.stride(0) if dense else 1, 0)
+    )
+    if dense:
+        offset = np.arange(len(batch.sequences), dtype=np.int64) * dk.stride(0)
+    else:
+        offset = torch.as_tensor(cu_k).to(torch.int64).numpy()[:-1] * dk.stride(0)
+    description = _masks(batch, masking, replace(schedule, splits=1)) | {
+        "q": q32.data_ptr(),
+        "k": k32.data_ptr(),
+        "v": v32.data_ptr(),
+        "q_bf16": False,
+        "kv_bf16": False,
+        "q_stride": _head_strides(q32),
+        "k_stride": _head_strides(k32),
+        "v_stride": _head_strides(v32),
+        "out": out32.data_ptr(),
+        "dout": dout32.data_ptr(),
+        "out_stride": _head_strides(out32),
+        "lse": lse.data_ptr(),
+        "lse_stride": _lse_stride(lse),
+        "sum": 0 if stats.sum is None else stats.sum.data_ptr(),
+        "out_split": 0,
+        "lse_split": 0,
+        "dq": dq.data_ptr(),
+        "dq_size": dq.numel(),
+        "dk": dk.data_ptr(),
+        "dv": dv.data_ptr(),
+        "kv_gradient_offset": np.ascontiguousarray(offset),
+        "kv_gradient_stride": _head_strides(dk),
+        **_NO_PAGES,
+    }
+    lib.flash_backward(description)
+    return tuple(x[..., :size].to(q.dtype) for x in (dq, dk, dv))  # type: ignore[return-value]
+
+
+def _whole(value: Tensor, pad: int) -> Tensor:
+    value = value.detach().float()
+    return torch.nn.functional.pad(value, (0, pad)) if pad else value
+
+
+def flash_pages(
+    q_THD: Tensor,
+    k_NGPD: Tensor,
+    v_NGPD: Tensor,
+    table_BM: Tensor,
+    first_B: Sequence[int],
+    rows_B: Sequence[int],
+    keys_B: Sequence[int],
+    masking: Masking,
+    out_THD: Tensor,
+    schedule: Schedule = VERSION_2,
+    *,
+    module: ModuleType | None = None,
+) -> None:
+    """Attention of some sequences of a step over their KV pages, written to their rows of ``out_THD`` (float32).
+
+    Sequence b brings the rows [first_B[b], first_B[b] + rows_B[b]) of ``q_THD`` (float32); they are the last of its
+    keys_B[b] cached tokens, whose pages are ``table_BM[b]`` (int32). Pages: float32 or bfloat16 [N, G, P, D], contiguous.
+    Raises TypeError for a wrong dtype and ValueError for shapes or indices that do not fit.
+    """
+    lib = native() if module is None else module
+    for name, value in (("q_THD", q_THD), ("out_THD", out_THD)):
+        if value.dtype is not torch.float32:
+            raise TypeError(f"{name} must be float32, not {value.dtype}")
+        if value.dim() != 3 or not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [T, H, D], not shape {tuple(value.shape)}")
+    if q_THD.shape != out_THD.shape:
+        raise ValueError(f"out_THD {tuple(out_THD.shape)} must have the shape of q_THD {tuple(q_THD.shape)}")
+    if k_NGPD.dtype is not v_NGPD.dtype or k_NGPD.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"pages must be float32 or bfloat16, not {k_NGPD.dtype} and {v_NGPD.dtype}")
+    if k_NGPD.dim() != 4 or k_NGPD.shape != v_NGPD.shape or k_NGPD.shape[3] != q_THD.shape[2]:
+        raise ValueError(
+            f"k_NGPD {tuple(k_NGPD.shape)} and v_NGPD {tuple(v_NGPD.shape)} must be equal [N, G, P, {q_THD.shape[2]}]"
+        )
+    if not (k_NGPD.is_contiguous() and v_NGPD.is_contiguous()):
+        raise ValueError("k_NGPD and v_NGPD must be contiguous")
+    pages, groups, page, size = k_NGPD.shape
+    heads = q_THD.shape[1]
+    if groups == 0 or heads % groups:
+        raise ValueError(f"{heads} query heads do not share {groups} kv heads evenly")
+    if table_BM.dtype is not torch.int32 or table_BM.dim() != 2 or not table_BM.is_contiguous():
+        raise TypeError("table_BM must be contiguous int32 [B, M]")
+    first, rows, keys = (np.asarray(x, np.int64) for x in (first_B, rows_B, keys_B))
+    width = table_BM.shape[1]
+    if len(rows) and ((first < 0).any() or (rows < 0).any() or (first + rows > q_THD.shape[0]).any()):
+        raise ValueError("first_B and rows_B name rows outside q_THD")
+    if len(keys) and ((keys < 0).any() or int(keys.max()) > width * page):
+        raise ValueError(f"keys_B exceeds the {width} pages of {page} tokens in table_BM")
+    used = np.arange(width) < -(-keys // page)[:, None]
+    named = table_BM.numpy()[used]
+    if named.size and (named.min() < 0 or named.max() >= pages):
+        raise ValueError(f"table_BM names a page outside the pool of {pages}")
+    zero = np.zeros_like(first)
+    sequences = np.stack([first * heads * size, zero, zero, first * heads * size, first * heads, rows, keys], 1)
+    lse = torch.empty(q_THD.shape[:2])
+    total = None if schedule.deferred else torch.empty_like(lse)
+    batch = _Batch(np.ascontiguousarray(sequences, np.int64), heads, groups, size)
+    where = {
+        "lse_stride": (heads, 1),
+        "table": table_BM.data_ptr(),
+        "table_width": width,
+        "page": page,
+        "k_stride": (0, 0),
+        "v_stride": (0, 0),
+    }
+    _call(lib, batch, q_THD, k_NGPD, v_NGPD, masking, schedule, out_THD, lse, total, **where)
