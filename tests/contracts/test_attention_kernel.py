@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.attention.dense import DenseKernel
+from hasten.attention.flash_attention import FlashAttention
+from hasten.attention.flash_attention2 import FlashAttention2
 from hasten.attention.hydragen import Hydragen
 from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import AttentionSpec, HeadShape
@@ -43,6 +45,10 @@ def _kernels() -> list[object]:
     found: list[object] = [
         pytest.param(DenseKernel, id="dense"),
         pytest.param(lambda: Hydragen(min_prefix=1).provide("attention_kernel", None), id="hydragen-small"),  # type: ignore[arg-type]
+        pytest.param(lambda: FlashAttention(min_rows=2).provide("attention_kernel", None), id="flash-small"),  # type: ignore[arg-type]
+        pytest.param(
+            lambda: FlashAttention2(min_rows=1).provide("attention_kernel", None), id="flash2-small"
+        ),  # type: ignore[arg-type]
     ]
     for record in loader.select(slot="attention_kernel"):
         if record.built:

@@ -258,15 +258,12 @@ void flash_backward(nb::dict description) {
   const Problem p = read_problem(description);
   require(!p.q_bf16 && !p.kv_bf16 && p.table == nullptr && p.size % W == 0 && p.schedule.splits == 1,
           "gradients need float32 tensors, unpaged, with head sizes of whole vectors");
-  require(p.schedule.deferred || p.sum != nullptr, "version 1 keeps maximum and sum");
   auto at = [&](const char* name) { return reinterpret_cast<float*>(nb::cast<std::uintptr_t>(description[name])); };
   const auto offsets = nb::cast<Array<const std::int64_t, -1>>(description["kv_gradient_offset"]);
   const auto stride = nb::cast<std::pair<std::int64_t, std::int64_t>>(description["kv_gradient_stride"]);
   const Gradients g{at("dout"), at("out"), at("dq"), at("dk"), at("dv"), nb::cast<std::int64_t>(description["dq_size"]),
                     {offsets.data(), offsets.data() + offsets.shape(0)}, {stride.first, stride.second}};
   require(g.offset.size() == p.sequences.size(), "kv_gradient_offset needs one entry per sequence");
-  nb::gil_scoped_release release;
-
   const int groups = static_cast<int>(p.sequences.size()) * p.groups;
   int longest = 0;
   double total = 0;
@@ -285,6 +282,8 @@ void flash_backward(nb::dict description) {
     for (int group = 0; group < p.groups; ++group)
       for (int part = 0; part < parts; ++part) tasks.push_back({b, group, part});
 
+  require(p.schedule.deferred || total == 0 || p.sum != nullptr, "version 1 keeps maximum and sum");
+  nb::gil_scoped_release release;
   const Rows rows(p, g);
   const Buffer others = floats(static_cast<std::size_t>(parts - 1) * g.dq_size, true);
   const int count = static_cast<int>(tasks.size());

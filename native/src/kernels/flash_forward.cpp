@@ -236,9 +236,10 @@ std::vector<Task> tasks_of(const Problem& p) {
 
 void flash_forward(nb::dict description) {
   const Problem p = read_problem(description);
-  require(p.schedule.deferred || (p.sum != nullptr && p.schedule.splits == 1), "version 1 keeps maximum and sum, unsplit");
-  nb::gil_scoped_release release;
   const std::vector<Task> tasks = tasks_of(p);
+  require(p.schedule.deferred || tasks.empty() || (p.sum != nullptr && p.schedule.splits == 1),
+          "version 1 keeps maximum and sum, unsplit");
+  nb::gil_scoped_release release;
   double total = 0;
   for (const Task& t : tasks) total += t.cost;
   const int count = static_cast<int>(tasks.size());

@@ -65,9 +65,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, total = ctx.saved_tensors
         masking, schedule, cu_q, cu_k = ctx.settings
-        gradients = backward(
-            dout, q, k, v, out, Stats(lse, total), masking, schedule, cu_q=cu_q, cu_k=cu_k
-        )
+        gradients = backward(dout, q, k, v, out, Stats(lse, total), masking, schedule, cu_q=cu_q, cu_k=cu_k)
         return (*gradients, None, None, None, None)
 
 
@@ -191,7 +189,9 @@ class FlashAttention(Technique):
     lanes: int = Field(VERSION_1.lanes, ge=1, le=4096, description="query vectors per block of rows (Br)")
     tile: int = Field(VERSION_1.tile, ge=1, le=256, description="keys per tile (Bc)")
     min_rows: int = Field(
-        16, ge=1, description="fewest rows of a sequence in a step that are tiled; fewer are read as in decoding"
+        16,
+        ge=1,
+        description="fewest rows of a sequence in a step that are tiled; fewer are read as in decoding",
     )
 
     def schedule(self) -> Schedule:

@@ -166,7 +166,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _starts(name: str, value: Tensor | Sequence[int], tokens: int) -> npt.NDArray[np.int64]:
     start = torch.as_tensor(value).to(torch.int64).numpy()
-    if start.ndim != 1 or len(start) < 1 or start[0] != 0 or start[-1] != tokens or (np.diff(start) < 0).any():
+    if (
+        start.ndim != 1
+        or len(start) < 1
+        or start[0] != 0
+        or start[-1] != tokens
+        or (np.diff(start) < 0).any()
+    ):
         raise ValueError(f"{name} must rise from 0 to {tokens} tokens, not {start.tolist()}")
     return start
 
@@ -346,7 +352,14 @@ def _call(
 
 
 def _split(
-    q: Tensor, k: Tensor, v: Tensor, masking: Masking, schedule: Schedule, cu_q: Any, cu_k: Any, lib: ModuleType
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masking: Masking,
+    schedule: Schedule,
+    cu_q: Any,
+    cu_k: Any,
+    lib: ModuleType,
 ) -> tuple[Tensor, Stats]:
     """Parts of the keys apart, [splits, rows, H, D], merged by their log-sum-exp."""
     heads, size, dense = q.shape[1], q.shape[-1], q.dim() == 4
@@ -406,9 +419,7 @@ def backward(
     dq, dk, dv = torch.zeros_like(dout32), torch.empty(k32.shape), torch.empty(v32.shape)
     lse = stats.lse.contiguous()
     dense = q.dim() == 4
-    batch = _batch(
-        q32, k32, v32, cu_q, cu_k, (out32.stride(0), 0), (lse.stride(0) if dense else 1, 0)
-    )
+    batch = _batch(q32, k32, v32, cu_q, cu_k, (out32.stride(0), 0), (lse.stride(0) if dense else 1, 0))
     if dense:
         offset = np.arange(len(batch.sequences), dtype=np.int64) * dk.stride(0)
     else:
@@ -500,7 +511,9 @@ def flash_pages(
     if named.size and (named.min() < 0 or named.max() >= pages):
         raise ValueError(f"table_BM names a page outside the pool of {pages}")
     zero = np.zeros_like(first)
-    sequences = np.stack([first * heads * size, zero, zero, first * heads * size, first * heads, rows, keys], 1)
+    sequences = np.stack(
+        [first * heads * size, zero, zero, first * heads * size, first * heads, rows, keys], 1
+    )
     lse = torch.empty(q_THD.shape[:2])
     total = None if schedule.deferred else torch.empty_like(lse)
     batch = _Batch(np.ascontiguousarray(sequences, np.int64), heads, groups, size)

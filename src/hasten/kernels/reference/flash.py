@@ -82,7 +82,8 @@ def flash_attention(
         if sequence is not None and bias.shape[0] > 1:
             bias = bias[sequence : sequence + 1]
         bias = bias[..., : min(rows, bias.shape[-2]), : min(keys, bias.shape[-1])]  # of a shorter sequence
-        scores = scores + bias.to(q_BHTD.dtype)
+        seen = seen & ~torch.isneginf(bias)  # hidden, rather than a score whose gradient would be NaN
+        scores = scores + bias.masked_fill(torch.isneginf(bias), 0.0).to(q_BHTD.dtype)
     if masking.alibi_H is not None:
         scores = scores - masking.alibi_H.to(q_BHTD.dtype)[:, None, None] * distance.abs()
     scores = scores.masked_fill(~seen, float("-inf"))
@@ -93,4 +94,3 @@ def flash_attention(
         stays = dropout_mask(masking, (batch, heads, rows, keys), sequence or 0)
         weight = weight * stays / (1 - masking.threshold / 2**32)
     return weight @ v, lse
-
