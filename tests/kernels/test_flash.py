@@ -15,16 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.kernels import available_levels
-from hasten.kernels.flash import (
-    VERSION_1,
-    VERSION_2,
-    Masking,
-    Schedule,
-    Stats,
-    backward,
-    flash_pages,
-    forward,
-)
+from hasten.kernels.flash import backward, forward
+from hasten.kernels.flash_pages import flash_pages
+from hasten.kernels.flash_terms import VERSION_1, VERSION_2, Masking, Schedule, Stats
 from hasten.kernels.native import _module
 from hasten.kernels.reference import flash as reference
 

@@ -99,11 +99,7 @@ inline void product_tile(const float* a, int lda, const float* const* b, int col
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      if constexpr (into == Into::Mix) acc[r][v] = vf::zero();
-      else acc[r][v] = vf::load(y(row + r) + column + v * W);
-      if constexpr (into == Into::Scale) acc[r][v] = acc[r][v] * vf::set(factors.f[row + r]);
-    }
+    for (int v = 0; v < V; ++v) acc[r][v] = vf::zero();
   for (int k = 0; k < depth; ++k) {
     vf x[V];
 #pragma GCC unroll 8
@@ -119,10 +115,13 @@ inline void product_tile(const float* a, int lda, const float* const* b, int col
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
+      // What is there joins at the end: a sum over many tiles then rounds once per tile, not once per term.
       float* to = y(row + r) + column + v * W;
-      if constexpr (into == Into::Mix)
-        acc[r][v] = fma(vf::set(factors.g[row + r]), acc[r][v], vf::load(to) * vf::set(factors.f[row + r]));
-      acc[r][v].store(to);
+      vf sum = acc[r][v];
+      if constexpr (into == Into::Mix) sum = sum * vf::set(factors.g[row + r]);
+      if constexpr (into == Into::Add) sum = sum + vf::load(to);
+      else sum = fma(vf::load(to), vf::set(factors.f[row + r]), sum);
+      sum.store(to);
     }
 }
 

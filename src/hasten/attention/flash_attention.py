@@ -1,9 +1,9 @@
 """`flash_attention`: exact attention, tile by tile, forward and backward; memory linear in length.
 
-Source: Dao, Fu, Ermon, Rudra, Re, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", NeurIPS
-2022, arXiv 2205.14135: algorithm 1 (forward), 2 and 4 (backward by recomputation), 5 (block-sparse), appendix B (dropout
-from a counter, never stored). Blocks of keys are the outer loop, rows the inner one; the output is kept normalised and
-rewritten once per block, with the maximum and the sum of every row; threads share batch x heads.
+Source: Dao, Fu, Ermon, Rudra, Re, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
+NeurIPS 2022, arXiv 2205.14135: algorithms 1 and 2 (forward), 4 (backward by recomputation), 5 (block-sparse), appendix
+B (dropout from a counter, never stored). Blocks of keys are the outer loop, rows the inner one; the output is kept
+normalised and rewritten once per block, with the maximum and the sum of every row; threads share batch x heads.
 
 `flash_attention` is a differentiable function for training; `FlashAttention` puts the same kernel on the engine's path,
 where it reads prompts (steps that bring many rows of a sequence). Single rows of decoding go to the default kernel.
@@ -27,7 +27,9 @@ from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
 from hasten.attention.policy import Dense, Selection
 from hasten.core.technique import Technique
-from hasten.kernels.flash import VERSION_1, Masking, Schedule, Stats, backward, flash_pages, forward
+from hasten.kernels.flash import backward, forward
+from hasten.kernels.flash_pages import flash_pages
+from hasten.kernels.flash_terms import VERSION_1, Masking, Schedule, Stats
 
 if TYPE_CHECKING:
     from hasten.models.context import BuildContext
@@ -141,12 +143,13 @@ def flash_attention(
     ``cu_q``, ``cu_k`` [B + 1] of the sequences' tokens. All float32 or all bfloat16 (sums are float32); differentiable.
 
     causal: a row sees the keys up to its own position; the last row is the last key (bottom right). window: how many
-    tokens it sees, its own included (to both sides unless causal). scale: 1 / sqrt(D) by default. softcap: logits become
-    softcap * tanh(logits / softcap). bias_BHTS, alibi_H: see `Masking`. keep_BHQK, block: block-sparse attention; only
-    kept blocks are read. dropout: of the weights; ``seed`` decides it and is drawn from torch's generator when absent.
+    tokens it sees, its own included (to both sides unless causal). scale: 1 / sqrt(D) by default. softcap: logits
+    become softcap * tanh(logits / softcap). bias_BHTS, alibi_H: see `Masking`. keep_BHQK, block: block-sparse
+    attention; only kept blocks are read. dropout: of the weights; ``seed`` decides it and is drawn from torch's
+    generator when absent.
 
-    Returns ``out``, or ``(out, lse)``: [B, H, T] or packed [H, R], natural logarithm, no gradient. A row that sees nothing
-    gives 0 and -inf. Raises TypeError for a wrong dtype and ValueError for what does not fit.
+    Returns ``out``, or ``(out, lse)``: [B, H, T] or packed [H, R], natural logarithm, no gradient. A row that sees
+    nothing gives 0 and -inf. Raises TypeError for a wrong dtype and ValueError for what does not fit.
     """
     masking = masking_of(
         q.shape[-1],
@@ -177,7 +180,7 @@ def butterfly(rows: int, keys: int, *, edge: int = 1) -> Tensor:
 
 
 class FlashAttention(Technique):
-    """Prompts are read in FlashAttention's order: keys in the outer loop, output rewritten per tile, threads over heads.
+    """Prompts are read in FlashAttention's order: keys in the outer loop, output rewritten per tile, heads in parallel.
 
     Source: Dao, Fu, Ermon, Rudra, Re, NeurIPS 2022, arXiv 2205.14135.
     """
@@ -205,7 +208,7 @@ class FlashAttention(Technique):
 
 
 class FlashKernel(DenseKernel):
-    """Sequences that bring many rows are read by the flash kernel; other rows, and selections, as by the default kernel."""
+    """Sequences that bring many rows are read by the flash kernel; other rows, and selections, by the default one."""
 
     def __init__(self, schedule: Schedule, min_rows: int) -> None:
         self.schedule, self.min_rows = schedule, min_rows

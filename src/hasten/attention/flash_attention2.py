@@ -1,10 +1,10 @@
 """`flash_attention2`: FlashAttention with rows outside, deferred normalisation and threads over the sequence.
 
-Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", ICLR 2024, arXiv 2307.08691.
-Every difference from `flash_attention` is a switch of `Schedule`, on by default here: blocks of rows in the outer loop
-whose output stays in cache (algorithm 1), powers of two, one division at the end and one log-sum-exp per row (3.1), tasks
-over rows forward and over keys backward (3.2), rows rather than keys split inside a task (3.3), causal tiles left out.
-With few rows over many keys ``splits`` computes parts of the keys apart and merges them.
+Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", ICLR 2024, arXiv
+2307.08691. Every difference from `flash_attention` is a switch of `Schedule`, on by default here: blocks of rows in the
+outer loop whose output stays in cache (algorithm 1), powers of two, one division at the end and one log-sum-exp per row
+(section 3.1), tasks over rows forward and over keys backward (3.2), rows rather than keys split inside a task (3.3),
+causal tiles left out. With few rows over many keys ``splits`` computes parts of the keys apart and merges them.
 
 Legend: B sequences, H query heads, G kv heads, T query tokens, S key tokens, D head size, Q, K blocks, R packed tokens.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from hasten.attention.flash_attention import FlashKernel, Starts, flash_attention
 from hasten.attention.kernel import AttentionKernel
 from hasten.core.technique import Technique
-from hasten.kernels.flash import VERSION_2, Schedule
+from hasten.kernels.flash_terms import VERSION_2, Schedule
 
 if TYPE_CHECKING:
     from hasten.models.context import BuildContext
@@ -53,8 +53,8 @@ def flash_attention2(
     """Softmax attention in the order of FlashAttention-2; arguments and result as of `flash_attention`.
 
     The output has the same bits for any number of threads, and packed sequences have the bits they have alone.
-    deterministic: so have the gradients; then only batch and heads are shared among threads. splits: parts of the keys that
-    are computed apart and merged, so that a few rows over many keys occupy all threads.
+    deterministic: so have the gradients; then only batch and heads are shared among threads. splits: parts of the keys
+    that are computed apart and merged, so that a few rows over many keys occupy all threads.
     """
     return flash_attention(
         q,

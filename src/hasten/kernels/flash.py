@@ -1,17 +1,15 @@
 """FlashAttention: exact tiled attention, forward and backward, in the order of version 1 or of version 2.
 
-Sources: Dao, Fu, Ermon, Rudra, Re, arXiv 2205.14135 (version 1, algorithms 1, 2, 4 and 5); Dao, arXiv 2307.08691 (version 2,
-algorithms 1 and 2). One native template serves both; a `Schedule` says which of their differences are on.
+Sources: Dao, Fu, Ermon, Rudra, Re, arXiv 2205.14135 (version 1, algorithms 1, 2, 4 and 5); Dao, arXiv 2307.08691
+(version 2, algorithms 1 and 2). One native template serves both; a `Schedule` says which of their differences are on.
 
 Row i of a sequence with T query and S key tokens stands at position i + S - T: masks are aligned bottom right.
 
-Legend: B sequences, H query heads, G kv heads, T query tokens, S key tokens, D head size, Q blocks of rows, K blocks of
-keys, N pages, P page size, M pages per sequence, R tokens of a packed batch.
+Legend: B sequences, H query heads, G kv heads, T query tokens, S key tokens, D head size, R tokens of a packed batch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -23,111 +21,15 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.attention import merge
+from hasten.kernels.flash_terms import LONGEST, VERSION_2, Masking, Schedule, Stats
 from hasten.kernels.native import native
 
-__all__ = ["VERSION_1", "VERSION_2", "Masking", "Schedule", "Stats", "backward", "flash_pages", "forward"]
-
-LONGEST = 1 << 24  # tokens of a sequence: positions are exact in float32
+__all__ = ["Batch", "backward", "call", "forward"]
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """In which order the tiles are computed; the defaults are version 2 (sections 3.1 to 3.3 of its paper).
-
-    rows_outer: blocks of rows in the outer loop, their output in cache until it is done. False: blocks of keys, as in
-        version 1, every output rewritten once per block.
-    deferred: output unnormalised until the end, powers of two with the scale folded into the queries, one
-        log-sum-exp per row. False: normalised at every tile, natural exponentials, maximum and sum both kept.
-    sequence_parallel: threads share the rows of a head (backward: its keys). False: batch x heads only.
-    skip: leave out tiles that no row sees, mask only tiles that a limit crosses, hand out long tasks first.
-    deterministic: the gradient of the queries has the same bits for any number of threads; threads then share heads only.
-    lanes, tile: query vectors per block of rows, keys per tile (1 to 256). splits: parts of the keys that are
-        computed apart and merged, for few rows over many keys (forward only, ``deferred`` only).
-    """
-
-    rows_outer: bool = True
-    deferred: bool = True
-    sequence_parallel: bool = True
-    skip: bool = True
-    deterministic: bool = False
-    lanes: int = 96
-    tile: int = 64
-    splits: int = 1
-
-    def __post_init__(self) -> None:
-        for name, most in (("lanes", 1 << 16), ("tile", 256), ("splits", 1 << 10)):
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise ValueError(f"{name} must be 1 to {most}, not {value}")
-        if self.splits > 1 and not self.deferred:
-            raise ValueError("splits > 1 needs deferred=True: parts are merged by their log-sum-exp")
-
-
-VERSION_2 = Schedule()
-VERSION_1 = Schedule(rows_outer=False, deferred=False, sequence_parallel=False)
-
-
-@dataclass(frozen=True)
-class Masking:
-    """What a row sees and how its logits are made: ``scale * q . k``, soft-capped, biased.
-
-    left, right: row at position p sees the keys [p - left, p + right]; None: no bound. Causal is right = 0.
-    softcap: logits become softcap * tanh(logits / softcap).
-    bias_BHTS: float32, broadcastable to [B, H, T, S] (packed batches: to [B, H, longest T, longest S], indexed from each
-        sequence's start), added; -inf hides. No gradient.
-    alibi_H: float32 slopes; -slope * |position - key| is added.
-    keep_BHQK: bool, broadcastable over B and H: blocks of ``block`` x ``block`` tokens that are read.
-    dropout: probability in [0, 1) that a weight is dropped; ``seed`` (0 to 2^64 - 1) and the element's place decide.
-    """
-
-    scale: float
-    left: int | None = None
-    right: int | None = None
-    softcap: float | None = None
-    bias_BHTS: Tensor | None = None
-    alibi_H: Tensor | None = None
-    keep_BHQK: Tensor | None = None
-    block: int = 64
-    dropout: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be finite, not {self.scale}")
-        for name in ("left", "right"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1 << 30:
-                raise ValueError(f"{name} must be 0 to 2^30, not {value}")
-        if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
-            raise ValueError(f"softcap must be positive, not {self.softcap}")
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1 token, not {self.block}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed must be 0 to 2^64 - 1, not {self.seed}")
-
-    @property
-    def threshold(self) -> int:
-        """An element stays when its 32 random bits reach this."""
-        return min(round(self.dropout * 2**32), 2**32 - 1)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Per row, [B, H, T] or packed [H, R]: its log-sum-exp, or (version 1) the maximum and sum it is made of."""
-
-    lse: Tensor
-    sum: Tensor | None = None
-
-    def log_sum_exp(self) -> Tensor:
-        """Natural logarithm; -inf for a row that sees nothing."""
-        return self.lse if self.sum is None else self.lse + torch.log(self.sum)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Where sequences lie in q, k and v: int64 [B, 7] offsets of q, k, v, out, lse in elements, rows, keys."""
+class Batch:
+    """Where sequences lie in their tensors: int64 [B, 7] offsets of q, k, v, out, lse in elements, rows, keys."""
 
     sequences: npt.NDArray[np.int64]
     heads: int
@@ -179,7 +81,7 @@ def _starts(name: str, value: Tensor | Sequence[int], tokens: int) -> npt.NDArra
 
 def _batch(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, out: tuple[int, int], lse: tuple[int, int]
-) -> _Batch:
+) -> Batch:
     """``out``, ``lse``: elements between neighbours of the batch, or of the packed axis."""
     _check(q, k, v)
     if q.dim() == 4:
@@ -205,7 +107,7 @@ def _batch(
     table = np.ascontiguousarray(np.stack([*columns, rows, keys], 1), np.int64)
     if len(table) and table[:, 5:].max() >= LONGEST:
         raise ValueError(f"a sequence must be shorter than {LONGEST} tokens")
-    return _Batch(table, q.shape[1], k.shape[1], q.shape[-1])
+    return Batch(table, q.shape[1], k.shape[1], q.shape[-1])
 
 
 def _head_strides(value: Tensor) -> tuple[int, int]:
@@ -213,7 +115,7 @@ def _head_strides(value: Tensor) -> tuple[int, int]:
     return (value.stride(2), value.stride(1)) if value.dim() == 4 else (value.stride(0), value.stride(1))
 
 
-def _masks(batch: _Batch, masking: Masking, schedule: Schedule) -> dict[str, Any]:
+def _masks(batch: Batch, masking: Masking, schedule: Schedule) -> dict[str, Any]:
     """The part of a description that `Masking` and `Schedule` make; tensors under ``held`` must outlive the call."""
     count, heads = len(batch.sequences), batch.heads
     rows, keys = batch.longest
@@ -297,8 +199,8 @@ def forward(
     sums of the sequences' tokens. All float32 or all bfloat16, any strides with contiguous heads; H a multiple of
     G. Sums are float32. A row that sees nothing gives 0 and -inf.
 
-    ``module`` is a native module of another level (tests). Raises TypeError for a wrong dtype and ValueError for shapes or
-    settings that do not fit.
+    ``module`` is a native module of another level (tests). Raises TypeError for a wrong dtype and ValueError for shapes
+    or settings that do not fit.
     """
     lib = native() if module is None else module
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
@@ -308,7 +210,7 @@ def forward(
     lse = torch.empty(q.shape[:3] if q.dim() == 4 else q.shape[1::-1])
     batch = _batch(q, k, v, cu_q, cu_k, (out.stride(0), 0), (lse.stride(0) if q.dim() == 4 else 1, 0))
     total = None if schedule.deferred else torch.empty_like(lse)
-    _call(lib, batch, q, k, v, masking, schedule, out, lse, total)
+    call(lib, batch, q, k, v, masking, schedule, out, lse, total)
     return out.to(q.dtype), Stats(lse, total)
 
 
@@ -317,9 +219,9 @@ def _lse_stride(lse: Tensor) -> tuple[int, int]:
     return (1, lse.stride(-2))
 
 
-def _call(
+def call(
     lib: ModuleType,
-    batch: _Batch,
+    batch: Batch,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -330,6 +232,7 @@ def _call(
     total: Tensor | None,
     **more: Any,
 ) -> None:
+    """Run the native forward kernel; ``more`` replaces or adds fields of its description."""
     description = _masks(batch, masking, schedule) | {
         "q": q.data_ptr(),
         "k": k.data_ptr(),
@@ -374,7 +277,7 @@ def _split(
         "out_split": rows * heads * size,
         "lse_split": rows * heads,
     }
-    _call(lib, batch, q, k, v, masking, schedule, out[0], lse[0], None, **where)
+    call(lib, batch, q, k, v, masking, schedule, out[0], lse[0], None, **where)
     start = torch.arange(rows + 1, dtype=torch.int32) * splits
     entry = torch.arange(splits * rows, dtype=torch.int32).view(splits, rows).T.contiguous().view(-1)
     joined, joined_lse = merge(out.view(-1, heads, size), lse.view(-1, heads), start, entry, module=lib)
@@ -403,8 +306,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, shaped and typed like them, from what `forward` returned under the same settings.
 
-    Weights are recomputed tile by tile; gradients of kv heads are summed over their query heads in place. Sums are float32.
-    Raises as `forward` does.
+    Weights are recomputed tile by tile; gradients of kv heads are summed over their query heads in place. Sums are
+    float32. Raises as `forward` does.
     """
     lib = native() if module is None else module
     if (stats.sum is None) != schedule.deferred:
@@ -456,73 +359,3 @@ def backward(
 def _whole(value: Tensor, pad: int) -> Tensor:
     value = value.detach().float()
     return torch.nn.functional.pad(value, (0, pad)) if pad else value
-
-
-def flash_pages(
-    q_THD: Tensor,
-    k_NGPD: Tensor,
-    v_NGPD: Tensor,
-    table_BM: Tensor,
-    first_B: Sequence[int],
-    rows_B: Sequence[int],
-    keys_B: Sequence[int],
-    masking: Masking,
-    out_THD: Tensor,
-    schedule: Schedule = VERSION_2,
-    *,
-    module: ModuleType | None = None,
-) -> None:
-    """Attention of some sequences of a step over their KV pages, written to their rows of ``out_THD`` (float32).
-
-    Sequence b brings the rows [first_B[b], first_B[b] + rows_B[b]) of ``q_THD`` (float32); they are the last of its
-    keys_B[b] cached tokens, whose pages are ``table_BM[b]`` (int32). Pages: float32 or bfloat16 [N, G, P, D], contiguous.
-    Raises TypeError for a wrong dtype and ValueError for shapes or indices that do not fit.
-    """
-    lib = native() if module is None else module
-    for name, value in (("q_THD", q_THD), ("out_THD", out_THD)):
-        if value.dtype is not torch.float32:
-            raise TypeError(f"{name} must be float32, not {value.dtype}")
-        if value.dim() != 3 or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous [T, H, D], not shape {tuple(value.shape)}")
-    if q_THD.shape != out_THD.shape:
-        raise ValueError(f"out_THD {tuple(out_THD.shape)} must have the shape of q_THD {tuple(q_THD.shape)}")
-    if k_NGPD.dtype is not v_NGPD.dtype or k_NGPD.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"pages must be float32 or bfloat16, not {k_NGPD.dtype} and {v_NGPD.dtype}")
-    if k_NGPD.dim() != 4 or k_NGPD.shape != v_NGPD.shape or k_NGPD.shape[3] != q_THD.shape[2]:
-        raise ValueError(
-            f"k_NGPD {tuple(k_NGPD.shape)} and v_NGPD {tuple(v_NGPD.shape)} must be equal [N, G, P, {q_THD.shape[2]}]"
-        )
-    if not (k_NGPD.is_contiguous() and v_NGPD.is_contiguous()):
-        raise ValueError("k_NGPD and v_NGPD must be contiguous")
-    pages, groups, page, size = k_NGPD.shape
-    heads = q_THD.shape[1]
-    if groups == 0 or heads % groups:
-        raise ValueError(f"{heads} query heads do not share {groups} kv heads evenly")
-    if table_BM.dtype is not torch.int32 or table_BM.dim() != 2 or not table_BM.is_contiguous():
-        raise TypeError("table_BM must be contiguous int32 [B, M]")
-    first, rows, keys = (np.asarray(x, np.int64) for x in (first_B, rows_B, keys_B))
-    width = table_BM.shape[1]
-    if len(rows) and ((first < 0).any() or (rows < 0).any() or (first + rows > q_THD.shape[0]).any()):
-        raise ValueError("first_B and rows_B name rows outside q_THD")
-    if len(keys) and ((keys < 0).any() or int(keys.max()) > width * page):
-        raise ValueError(f"keys_B exceeds the {width} pages of {page} tokens in table_BM")
-    used = np.arange(width) < -(-keys // page)[:, None]
-    named = table_BM.numpy()[used]
-    if named.size and (named.min() < 0 or named.max() >= pages):
-        raise ValueError(f"table_BM names a page outside the pool of {pages}")
-    zero = np.zeros_like(first)
-    sequences = np.stack(
-        [first * heads * size, zero, zero, first * heads * size, first * heads, rows, keys], 1
-    )
-    lse = torch.empty(q_THD.shape[:2])
-    total = None if schedule.deferred else torch.empty_like(lse)
-    batch = _Batch(np.ascontiguousarray(sequences, np.int64), heads, groups, size)
-    where = {
-        "lse_stride": (heads, 1),
-        "table": table_BM.data_ptr(),
-        "table_width": width,
-        "page": page,
-        "k_stride": (0, 0),
-        "v_stride": (0, 0),
-    }
-    _call(lib, batch, q_THD, k_NGPD, v_NGPD, masking, schedule, out_THD, lse, total, **where)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hasten.kernels.flash import Masking
+    from hasten.kernels.flash_terms import Masking
 
 
 def visible(
