@@ -1,16 +1,21 @@
-"""Measures what attention allocates: `python flash_peak.py VERSION LENGTH HEADS KV_HEADS` prints bytes.
+"""Measures what attention allocates: `python flash_peak.py VERSION:LENGTH:HEADS:KV_HEADS ...` prints bytes per case.
 
-Run in a process of its own: the peak of the resident set during one causal forward and backward pass (head size 32,
-float32), above what was resident with the inputs in place.
+Run in a process of its own. The figure is the peak of the resident set during one causal forward and backward pass
+(head size 32, float32), above what was resident with the inputs in place.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from hasten.attention.flash_attention import flash_attention
+from hasten.attention.flash_attention2 import flash_attention2
 
 
 def status(field: str) -> int:
@@ -29,10 +34,7 @@ def standard(q, k, v, causal):
     return torch.softmax(scores.masked_fill(hidden, float("-inf")), -1) @ v
 
 
-def main(version: str, length: int, heads: int, kv_heads: int) -> int:
-    from hasten.attention.flash_attention import flash_attention
-    from hasten.attention.flash_attention2 import flash_attention2
-
+def peak(version: str, length: int, heads: int, kv_heads: int) -> int:
     attention = {"standard": standard, "1": flash_attention, "2": flash_attention2}[version]
 
     def inputs(tokens: int) -> list[torch.Tensor]:
@@ -47,5 +49,25 @@ def main(version: str, length: int, heads: int, kv_heads: int) -> int:
     return status("VmHWM") - before
 
 
+def main(cases: list[str]) -> None:
+    """Each case in a fork, so that no case finds memory that another has left."""
+    torch.set_num_threads(1)
+    for case in cases:
+        version, *numbers = case.split(":")
+        child = os.fork()
+        if child == 0:
+            print(case, peak(version, *map(int, numbers)), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{case} failed")
+
+
+def peaks(*cases: str) -> list[int]:
+    """Bytes of each case, measured in processes of their own."""
+    command = [sys.executable, __file__, *cases]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [int(line.split()[1]) for line in out.splitlines()]
+
+
 if __name__ == "__main__":
-    print(main(sys.argv[1], *map(int, sys.argv[2:])))
+    main(sys.argv[1:])

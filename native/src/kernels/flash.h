@@ -56,19 +56,12 @@ struct Problem {
   int padded() const { return (size + W - 1) / W * W; }
   // Query heads whose rows are stacked: those of a kv head, unless they read different blocks or run as in version 1.
   int stacked() const { return (keep != nullptr && keep_head != 0) || !schedule.rows_outer ? 1 : repeat(); }
-  // Version 2 folds scale and log2(e) into the queries; version 1 keeps natural logarithms and scales the scores.
-  float unit() const { return schedule.deferred ? kLog2e : 1.0f; }
-  float query_factor() const {
-    if (!schedule.deferred) return 1.0f;
-    return softcap > 0 ? scale / softcap : scale * kLog2e;
+  // Version 2 folds scale and log2(e) into the one multiply-add before the exponential, 2^(exponent() (s - m)), and leaves
+  // scores as they are; where something is added to scaled scores, and in version 1, a pass over them scales them first.
+  bool scaled() const {
+    return !schedule.deferred || softcap > 0 || bias != nullptr || slope != nullptr || !(scale > 0);
   }
-  float score_factor() const {
-    if (schedule.deferred) return 1.0f;
-    return softcap > 0 ? scale / softcap : scale;
-  }
-  bool adjusts(bool masked) const {
-    return masked || softcap > 0 || bias != nullptr || slope != nullptr || !schedule.deferred;
-  }
+  float exponent() const { return scaled() ? kLog2e : scale * kLog2e; }
   bool kept(int sequence, int head, int row_block, int key_block) const {
     if (keep == nullptr) return true;
     const std::uint8_t* at = keep + sequence * keep_batch + head * keep_head;
@@ -131,7 +124,7 @@ struct alignas(64) Strip {
       const int end = p.right < 0 ? s.keys : std::min(s.keys, at + p.right + 1);
       low[i] = static_cast<float>(begin), high[i] = static_cast<float>(end);
       position[i] = static_cast<float>(at);
-      slope[i] = p.slope == nullptr ? 0.0f : -p.slope[head[i]] * p.unit();
+      slope[i] = p.slope == nullptr ? 0.0f : -p.slope[head[i]];
       m[i] = -INFINITY, l[i] = 0.0f;
       all_from = std::max(all_from, begin), all_to = std::min(all_to, end);
       if (begin < end) from = std::min(from, begin), to = std::max(to, end);
@@ -151,13 +144,14 @@ struct alignas(64) Strip {
   }
 };
 
-// Products of keys [begin, end) of a tile that starts at `first` become logits, in place: scaled, soft-capped, biased, -inf
-// where hidden. With `slopes` the derivative of the soft-cap is written there.
+// Products of keys [begin, end) of a tile that starts at `first` become logits, in place: scaled (if p.scaled()),
+// soft-capped, biased, -inf where hidden. With `slopes` the derivative of the soft-cap is written there.
 inline void adjust(const Problem& p, const Strip& strip, int sequence, int first, int begin, int end, float* s, int ld,
                    float* slopes = nullptr) {
   const int vectors = strip.vectors();
-  const vf hidden = vf::set(-INFINITY), factor = vf::set(p.score_factor()), cap = vf::set(p.softcap * p.unit());
-  const bool scaled = !p.schedule.deferred;
+  const float factor = p.softcap > 0 ? p.scale / p.softcap : p.scale;
+  const vf hidden = vf::set(-INFINITY), factors = vf::set(factor), cap = vf::set(p.softcap);
+  const bool scaled = p.scaled();
   const bool limits = !p.schedule.skip || first + begin < strip.all_from || first + end > strip.all_to;
   if (p.bias != nullptr) {
     // Where lanes broadcast one row of the bias this reads it again; a bias costs a pass over the scores anyway.
@@ -165,13 +159,13 @@ inline void adjust(const Problem& p, const Strip& strip, int sequence, int first
       const float* bias = p.bias + sequence * p.bias_batch + strip.head[i] * p.bias_head + strip.token[i] * p.bias_row;
       for (int j = begin; j < end; ++j) {
         float& x = s[j * ld + i];
-        if (scaled) x *= p.score_factor();
+        x *= factor;
         if (p.softcap > 0) {
           const float t = std::tanh(x);
           if (slopes != nullptr) slopes[j * ld + i] = 1.0f - t * t;
-          x = p.softcap * p.unit() * t;
+          x = p.softcap * t;
         }
-        x += bias[(first + j) * p.bias_key] * p.unit();
+        x += bias[(first + j) * p.bias_key];
       }
     }
   }
@@ -183,7 +177,7 @@ inline void adjust(const Problem& p, const Strip& strip, int sequence, int first
       vf x = vf::load(at);
       const vf key = vf::set(static_cast<float>(first + j));
       if (p.bias == nullptr) {
-        if (scaled) x = x * factor;
+        if (scaled) x = x * factors;
         if (p.softcap > 0) {
           const vf t = tanh(x);
           if (slopes != nullptr) (vf::set(1.0f) - t * t).store(slopes + j * ld + v * W);

@@ -87,7 +87,7 @@ struct Rows {
           strip.f[i] = p.sum[l] == 0.0f ? 0.0f : 1.0f / p.sum[l];
         }
       }
-      pack_strip(q, strip.lanes, p.size, p.query_factor(), query.get() + at * size);
+      pack_strip(q, strip.lanes, p.size, 1.0f, query.get() + at * size);
       pack_strip(d, strip.lanes, p.size, p.scale, dout.get() + at * size);
     }
   }
@@ -126,12 +126,13 @@ template <bool Deferred, bool Masked>
 void weights(const Problem& p, const Strip& strip, int first, int begin, int end, float* s, float* ds,
              const float* slopes, int ld) {
   alignas(64) float keep[kStrip];
+  const vf factor = vf::set(p.exponent());
   for (int j = begin; j < end; ++j) {
     if (p.threshold != 0) dropped(p, strip, first + j, keep);
     for (int v = 0; v < strip.vectors(); ++v) {
       float *ps = s + j * ld + v * W, *pd = ds + j * ld + v * W;
-      vf x = vf::load(ps) - vf::load(strip.m + v * W);
-      if constexpr (!Deferred) x = x * vf::set(kLog2e);
+      const vf m = vf::load(strip.m + v * W);
+      const vf x = Deferred ? fma(vf::load(ps), factor, vf::zero() - m) : (vf::load(ps) - m) * factor;
       vf e = Masked ? exp2_zero(x) : exp2(x);
       if constexpr (!Deferred) e = e * vf::load(strip.f + v * W);
       vf d = vf::load(pd), kept = e;
@@ -227,7 +228,7 @@ struct Runner {
       if (j < begin || j >= end) std::fill_n(s + j * ld, kStrip, 0.0f), std::fill_n(ds + j * ld, kStrip, 0.0f);
     if (begin == end) return;
     const bool masked = known.masked(p, c.from + begin, c.from + end);
-    if (p.adjusts(masked)) adjust(p, known, task.sequence, c.from, begin, end, s, ld, slopes);
+    if (masked || p.scaled()) adjust(p, known, task.sequence, c.from, begin, end, s, ld, slopes);
     if (p.schedule.deferred) {
       if (masked) weights<true, true>(p, known, c.from, begin, end, s, ds, slopes, ld);
       else weights<true, false>(p, known, c.from, begin, end, s, ds, slopes, ld);

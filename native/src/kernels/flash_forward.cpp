@@ -29,22 +29,25 @@ struct Flat {  // rows of `stride` floats
 
 // Weights of keys [begin, end) of a tile from their logits, and the new maximum, sum and output factors of every lane.
 // Deferred (version 2): weights and output are relative to the running maximum, O <- f O + P V.
+// `exponent`: see Problem.
 // Otherwise (version 1): weights are relative to the tile's maximum and the output stays normalised, O <- f O + g P V.
 template <bool Deferred, bool Masked>
-void softmax(Strip& strip, int begin, int end, float* s) {
-  const vf least = vf::set(-FLT_MAX), log2e = vf::set(kLog2e);
-  auto power = [&](vf x) { return exp2_zero(Deferred ? x : x * log2e); };
+void softmax(Strip& strip, int begin, int end, float exponent, float* s) {
+  const vf least = vf::set(-FLT_MAX), factor = vf::set(exponent);
+  auto power = [&](vf x) { return exp2_zero(Deferred ? x : x * factor); };
   for (int v = 0; v < strip.vectors(); ++v) {
     float* at = s + v * W;
     vf top = vf::set(-INFINITY);
     for (int j = begin; j < end; ++j) top = max(top, vf::load(at + j * kStrip));
+    if constexpr (Deferred) top = top * factor;  // rounded once, so that all factors of a lane agree
     const vf old = vf::load(strip.m + v * W), now = max(old, top);
     // A lane that has seen nothing has maximum -inf; a finite reference keeps its weights at 0 instead of NaN.
     const vf peak = max(least, Deferred ? now : top);
     vf sum = vf::zero();
     for (int j = begin; j < end; ++j) {
-      const vf x = vf::load(at + j * kStrip) - peak;
-      const vf e = Masked ? power(x) : exp2(Deferred ? x : x * log2e);
+      const vf y = vf::load(at + j * kStrip);
+      const vf x = Deferred ? fma(y, factor, vf::zero() - peak) : (y - peak) * factor;
+      const vf e = Masked ? exp2_zero(x) : exp2(x);
       e.store(at + j * kStrip);
       sum = sum + e;
     }
@@ -71,9 +74,9 @@ void step(const Problem& p, Strip& strip, int sequence, const float* query, cons
   if (begin >= end) return;
   scores(tile.k, begin, end, query, p.size, strip.vectors(), s, kStrip);
   const bool masked = strip.masked(p, from + begin, from + end);
-  if (p.adjusts(masked)) adjust(p, strip, sequence, from, begin, end, s, kStrip);
-  if (masked) softmax<Deferred, true>(strip, begin, end, s);
-  else softmax<Deferred, false>(strip, begin, end, s);
+  if (masked || p.scaled()) adjust(p, strip, sequence, from, begin, end, s, kStrip);
+  if (masked) softmax<Deferred, true>(strip, begin, end, p.exponent(), s);
+  else softmax<Deferred, false>(strip, begin, end, p.exponent(), s);
   if (p.threshold != 0) {
     alignas(64) float keep[kStrip];
     for (int j = begin; j < end; ++j) {
@@ -135,7 +138,7 @@ struct Runner {
         strip.set(p, s, lane);
         const Q* row[kStrip];
         for (int i = 0; i < strip.lanes; ++i) row[i] = p.query<Q>(seq, strip.head[i], strip.token[i]);
-        pack_strip(row, strip.lanes, p.size, p.query_factor(), scratch.query.data() + at * query_size);
+        pack_strip(row, strip.lanes, p.size, 1.0f, scratch.query.data() + at * query_size);
         row_blocks.push_back(s.row_block(p));
       }
   }

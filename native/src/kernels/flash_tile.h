@@ -22,6 +22,7 @@ constexpr int kStrip = W == 1 ? 24 : 3 * W;
 constexpr int kVectors = kStrip / W;
 constexpr int kKeys = 4;          // keys of a register tile
 constexpr int kTall = 6;          // lanes of a register tile
+constexpr int kDepth = 128;       // products that a score adds up in a row; longer sums are made of such parts
 constexpr int kMostKeys = 256;    // most keys of a tile of the schedule
 
 #if defined(__AVX512F__)
@@ -47,16 +48,18 @@ inline vf zero_below(vf x, vf low, vf y) { return {x.v < low.v ? 0.0f : y.v}; }
 // 2^x for x <= 0 that is exactly 0 for -inf (and below -126).
 inline vf exp2_zero(vf x) { return zero_below(x, vf::set(-126.0f), exp2(x)); }
 
-// s[j][lane] = k_j . x_lane for kKeys keys and V vectors of lanes; x is packed [size][kStrip].
+// s[j][lane] (+)= sum over d in [begin, end) of k_j[d] x_lane[d] for kKeys keys and V vectors of lanes; x is packed
+// [size][kStrip].
 template <int V>
-inline void scores_tile(const float* const* k, const float* x, int size, float* s, int ld) {
+inline void scores_tile(const float* const* k, const float* x, int begin, int end, float* s, int ld) {
   const float *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
   vf acc[kKeys][V];
 #pragma GCC unroll 4
   for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = vf::zero();
-  for (int d = 0; d < size; ++d, x += kStrip) {
+  x += begin * kStrip;
+  for (int d = begin; d < end; ++d, x += kStrip) {
     vf a[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) a[v] = vf::load(x + v * W);
@@ -69,18 +72,23 @@ inline void scores_tile(const float* const* k, const float* x, int size, float* 
 #pragma GCC unroll 4
   for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[i][v].store(s + i * ld + v * W);
+    for (int v = 0; v < V; ++v) {
+      float* to = s + i * ld + v * W;
+      (begin == 0 ? acc[i][v] : acc[i][v] + vf::load(to)).store(to);
+    }
 }
 
 // Keys [begin, end) of a tile against `vectors` vectors of lanes. Keys are taken in fours: up to three rows past `end`
 // are written, and as many pointers past it must be valid.
 inline void scores(const float* const* k, int begin, int end, const float* x, int size, int vectors, float* s, int ld) {
-  for (int j = begin; j < end; j += kKeys) {
-    int v = 0;
-    for (; v + 3 <= vectors; v += 3) scores_tile<3>(k + j, x + v * W, size, s + j * ld + v * W, ld);
-    if (vectors - v == 2) scores_tile<2>(k + j, x + v * W, size, s + j * ld + v * W, ld);
-    if (vectors - v == 1) scores_tile<1>(k + j, x + v * W, size, s + j * ld + v * W, ld);
-  }
+  for (int j = begin; j < end; j += kKeys)
+    for (int d = 0; d < size; d += kDepth) {
+      const int to = std::min(size, d + kDepth);
+      int v = 0;
+      for (; v + 3 <= vectors; v += 3) scores_tile<3>(k + j, x + v * W, d, to, s + j * ld + v * W, ld);
+      if (vectors - v == 2) scores_tile<2>(k + j, x + v * W, d, to, s + j * ld + v * W, ld);
+      if (vectors - v == 1) scores_tile<1>(k + j, x + v * W, d, to, s + j * ld + v * W, ld);
+    }
 }
 
 // How a product joins what is there: y + ab, f y + ab, or f y + g ab (f and g per row).

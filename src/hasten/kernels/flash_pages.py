@@ -1,6 +1,7 @@
 """FlashAttention over KV pages: the rows that a prompt's step brings, against the cached tokens of their sequences.
 
-Legend: B sequences, H query heads, G kv heads, T rows of the step, D head size, N pages, P page size, M pages per sequence.
+Legend: B sequences, H query heads, G kv heads, T rows of the step, D head size, N pages, P page size, M pages per
+sequence.
 """
 
 from __future__ import annotations
