@@ -10,8 +10,8 @@ Parts (``--parts``), arms interleaved round by round:
 
 Arms: ``v1`` and ``v2`` are ours; ``math`` and ``fused`` PyTorch's scaled_dot_product_attention with that backend;
 ``standard`` attention written out in PyTorch; ``prepared`` the same, forward and backward by hand into buffers made
-beforehand (without a causal mask only). Rates count useful work only (half when causal, backward 2.5 times the forward) as
-a share of the measured float32 matrix product.
+beforehand (without a causal mask only). Rates count useful work only (half when causal, backward 2.5 times the forward)
+as a share of the measured float32 matrix product.
 
 Run on a quiet machine. Ratios are medians of paired rounds with 95% bootstrap intervals.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hasten.kernels import available_levels
 from hasten.kernels.flash import backward, forward
-from hasten.kernels.flash_pages import flash_pages
+from hasten.kernels.flash_pages import PagesWork, flash_pages
 from hasten.kernels.flash_terms import VERSION_1, VERSION_2, Masking, Schedule, Stats
 from hasten.kernels.native import _module
 from hasten.kernels.reference import flash as reference
@@ -244,7 +244,8 @@ def test_pages_equal_the_plain_tensors(
     masking = Masking(0.3, rng.choice([None, 9]), 0, rng.choice([None, 4.0]))
     out = torch.full_like(q, 7.0)
     first = [1, rows[0] + 2]
-    flash_pages(q, k_pages, v_pages, table, first, rows, keys, masking, out, version, module=module)
+    work = PagesWork(table, first, rows, keys)
+    flash_pages(q, k_pages, v_pages, work, masking, out, version, module=module)
     for b in range(2):
         k, v = (
             x[table[b].long()].transpose(0, 1).reshape(2, -1, size)[None, :, : keys[b]].double()
@@ -343,7 +344,9 @@ def test_statistics_belong_to_a_version() -> None:
         ({"keys_B": [9]}, ValueError, "keys_B exceeds"),
         ({"rows_B": [4]}, ValueError, "outside q_THD"),
         ({"table_BM": torch.tensor([[0, 3]], dtype=torch.int32)}, ValueError, "outside the pool of 3"),
-        ({"table_BM": torch.tensor([[0, -1]], dtype=torch.int32)}, ValueError, "outside the pool"),
+        ({"table_BM": torch.tensor([[0, -1]], dtype=torch.int32)}, ValueError, "a page below 0"),
+        ({"first_B": [0, 0]}, ValueError, "differ in length"),
+        ({"masking": Masking(0.3, dropout=0.1)}, ValueError, "soft-cap only"),
         ({"table_BM": torch.tensor([[0, 1]])}, TypeError, "table_BM"),
         ({"q_THD": torch.zeros(3, 4, 8).bfloat16()}, TypeError, "q_THD must be float32"),
         ({"out_THD": torch.zeros(2, 4, 8)}, ValueError, "out_THD"),
@@ -352,7 +355,7 @@ def test_statistics_belong_to_a_version() -> None:
     ],
 )
 def test_bad_pages_are_refused(change: dict, error: type[Exception], match: str) -> None:
-    good = {
+    given = {
         "q_THD": torch.zeros(3, 4, 8),
         "k_NGPD": torch.zeros(3, 2, 4, 8),
         "v_NGPD": torch.zeros(3, 2, 4, 8),
@@ -363,6 +366,12 @@ def test_bad_pages_are_refused(change: dict, error: type[Exception], match: str)
         "masking": Masking(0.3),
         "out_THD": torch.zeros(3, 4, 8),
     }
-    flash_pages(**good)
+
+    def attend(given: dict) -> None:
+        work = PagesWork(*(given[name] for name in ("table_BM", "first_B", "rows_B", "keys_B")))
+        tensors = (given[name] for name in ("q_THD", "k_NGPD", "v_NGPD"))
+        flash_pages(*tensors, work, given["masking"], given["out_THD"])
+
+    attend(given)
     with pytest.raises(error, match=match):
-        flash_pages(**(good | change))
+        attend(given | change)

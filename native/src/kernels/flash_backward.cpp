@@ -16,7 +16,7 @@ namespace {
 
 using namespace flash;
 
-constexpr int kTasksPerThread = 8;  // tasks per thread that splitting a head aims for
+constexpr int kTasksPerThread = 2;  // fewest tasks per thread that splitting a head aims for: each costs a buffer of dQ
 
 struct Gradients {
   const float *dout, *out;         // laid out like p.out
@@ -254,6 +254,17 @@ std::vector<Column> columns_of(const Problem& p, int keys) {
   return out;
 }
 
+// Into how many tasks a head is cut: the fewest that give every thread something to do and all nearly the same (tasks of a
+// head cost alike, as they take its columns in turn).
+int parts_of(int groups, int columns, int threads) {
+  if (threads == 1) return 1;
+  for (int parts = 1; parts < columns; ++parts) {
+    const int tasks = groups * parts, rounds = (tasks + threads - 1) / threads;
+    if (tasks >= kTasksPerThread * threads && 20 * rounds * threads <= 21 * tasks) return parts;
+  }
+  return std::max(columns, 1);
+}
+
 // dq must be zero.
 void flash_backward(nb::dict description) {
   const Problem p = read_problem(description);
@@ -275,9 +286,8 @@ void flash_backward(nb::dict description) {
     total += static_cast<double>(s.rows) * s.keys * p.heads;
   }
   if (groups == 0) return;
-  int parts = 1;
-  if (p.schedule.sequence_parallel && !p.schedule.deterministic && omp_get_max_threads() > 1)
-    parts = std::clamp((kTasksPerThread * omp_get_max_threads() + groups - 1) / groups, 1, std::max(longest, 1));
+  const bool shared = p.schedule.sequence_parallel && !p.schedule.deterministic;
+  const int parts = shared ? parts_of(groups, longest, omp_get_max_threads()) : 1;
   std::vector<Task> tasks;
   for (int b = 0; b < static_cast<int>(p.sequences.size()); ++b)
     for (int group = 0; group < p.groups; ++group)

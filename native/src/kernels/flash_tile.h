@@ -63,11 +63,13 @@ inline void scores_tile(const float* const* k, const float* x, int begin, int en
     vf a[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) a[v] = vf::load(x + v * W);
-    const vf b[kKeys] = {vf::set(k0[d]), vf::set(k1[d]), vf::set(k2[d]), vf::set(k3[d])};
+    // One broadcast at a time: 12 sums, 3 vectors of lanes and 1 key fill the 16 registers.
+    auto meet = [&](int i, float key) {
+      const vf b = vf::set(key);
 #pragma GCC unroll 4
-    for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[i][v] = fma(b[i], a[v], acc[i][v]);
+      for (int v = 0; v < V; ++v) acc[i][v] = fma(b, a[v], acc[i][v]);
+    };
+    meet(0, k0[d]), meet(1, k1[d]), meet(2, k2[d]), meet(3, k3[d]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kKeys; ++i)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -28,7 +29,7 @@ from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
 from hasten.attention.policy import Dense, Selection
 from hasten.core.technique import Technique
 from hasten.kernels.flash import backward, forward
-from hasten.kernels.flash_pages import flash_pages
+from hasten.kernels.flash_pages import PagesWork, flash_pages
 from hasten.kernels.flash_terms import VERSION_1, Masking, Schedule, Stats
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class FlashAttention(Technique):
     lanes: int = Field(VERSION_1.lanes, ge=1, le=4096, description="query vectors per block of rows (Br)")
     tile: int = Field(VERSION_1.tile, ge=1, le=256, description="keys per tile (Bc)")
     min_rows: int = Field(
-        16,
+        64,
         ge=1,
         description="fewest rows of a sequence in a step that are tiled; fewer are read as in decoding",
     )
@@ -212,14 +213,17 @@ class FlashKernel(DenseKernel):
 
     def __init__(self, schedule: Schedule, min_rows: int) -> None:
         self.schedule, self.min_rows = schedule, min_rows
-        self._tiled: tuple[DensePlan, np.ndarray, np.ndarray] | None = None
+        self._tiled: tuple[DensePlan, PagesWork, npt.NDArray[np.int64]] | None = None
 
-    def tiled(self, plan: DensePlan) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences with many rows, and their rows; int64. Found once per plan."""
+    def tiled(self, plan: DensePlan) -> tuple[PagesWork, npt.NDArray[np.int64]]:
+        """The sequences with many rows, and these rows. Found once per plan."""
         if self._tiled is None or self._tiled[0] is not plan:
-            count = np.diff(plan.rows.start_S1)
+            rows = plan.rows
+            count = np.diff(rows.start_S1)
             many = count >= self.min_rows
-            self._tiled = (plan, np.flatnonzero(many), np.flatnonzero(np.repeat(many, count)))
+            table = torch.from_numpy(np.ascontiguousarray(rows.table_SM[many]))
+            work = PagesWork(table, rows.start_S1[:-1][many], count[many], rows.length_S[many])
+            self._tiled = (plan, work, np.flatnonzero(np.repeat(many, count)))
         return self._tiled[1:]
 
     def run(
@@ -233,8 +237,8 @@ class FlashKernel(DenseKernel):
         selection: Selection,
         observe: Any = None,
     ) -> Tensor:
-        sequence, row = self.tiled(plan)
-        if not isinstance(selection, Dense) or not len(sequence):
+        work, row = self.tiled(plan)
+        if not isinstance(selection, Dense) or not len(row):
             return super().run(plan, layer, q_THD, pages, layout, spec, selection, observe)
         q_THD = q_THD.contiguous()
         if len(row) == plan.count:
@@ -242,17 +246,7 @@ class FlashKernel(DenseKernel):
         else:
             part = plan.part(spec, row.tobytes())
             out, _ = part.attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)
-        rows = plan.rows
-        flash_pages(
-            q_THD,
-            pages.k_NGPD,
-            pages.v_NGPD,
-            torch.from_numpy(np.ascontiguousarray(rows.table_SM[sequence])),
-            rows.start_S1[sequence],
-            np.diff(rows.start_S1)[sequence],
-            rows.length_S[sequence],
-            Masking(spec.scale, None if spec.window is None else spec.window - 1, 0, spec.softcap),
-            out,
-            self.schedule,
-        )
+        left = None if spec.window is None else spec.window - 1
+        masking = Masking(spec.scale, left, 0, spec.softcap)
+        flash_pages(q_THD, pages.k_NGPD, pages.v_NGPD, work, masking, out, self.schedule)
         return out

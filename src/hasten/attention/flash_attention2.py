@@ -90,7 +90,7 @@ class FlashAttention2(Technique):
     lanes: int = Field(VERSION_2.lanes, ge=1, le=4096, description="query vectors per block of rows (Br)")
     tile: int = Field(VERSION_2.tile, ge=1, le=256, description="keys per tile (Bc)")
     min_rows: int = Field(
-        16,
+        64,
         ge=1,
         description="fewest rows of a sequence in a step that are tiled; fewer are read as in decoding",
     )

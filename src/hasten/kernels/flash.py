@@ -24,7 +24,7 @@ from hasten.kernels.attention import merge
 from hasten.kernels.flash_terms import LONGEST, VERSION_2, Masking, Schedule, Stats
 from hasten.kernels.native import native
 
-__all__ = ["Batch", "backward", "call", "forward"]
+__all__ = ["Batch", "backward", "describe", "forward"]
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,11 @@ def _head_strides(value: Tensor) -> tuple[int, int]:
     return (value.stride(2), value.stride(1)) if value.dim() == 4 else (value.stride(0), value.stride(1))
 
 
-def _masks(batch: Batch, masking: Masking, schedule: Schedule) -> dict[str, Any]:
-    """The part of a description that `Masking` and `Schedule` make; tensors under ``held`` must outlive the call."""
+def describe(batch: Batch, masking: Masking, schedule: Schedule) -> dict[str, Any]:
+    """What the native kernels read, apart from the tensors: fields of that name are zero here.
+
+    Tensors under ``held`` must outlive the call.
+    """
     count, heads = len(batch.sequences), batch.heads
     rows, keys = batch.longest
     held: list[Tensor] = []
@@ -138,6 +141,14 @@ def _masks(batch: Batch, masking: Masking, schedule: Schedule) -> dict[str, Any]
         "seed": masking.seed,
         "inverse": 1.0 / (1.0 - masking.threshold / 2**32),
         "held": held,
+        "q_bf16": False,
+        "kv_bf16": False,
+        "sum": 0,
+        "table": 0,
+        "table_width": 0,
+        "page": 1,
+        "out_split": 0,
+        "lse_split": 0,
         **{name: getattr(schedule, name) for name in Schedule.__dataclass_fields__},
     }
     strides = (0, 0, 0, 0)
@@ -179,9 +190,6 @@ def _expand(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"{name} of shape {tuple(value.shape)} does not expand to {shape}") from None
 
 
-_NO_PAGES = {"table": 0, "table_width": 0, "page": 1}
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -210,7 +218,7 @@ def forward(
     lse = torch.empty(q.shape[:3] if q.dim() == 4 else q.shape[1::-1])
     batch = _batch(q, k, v, cu_q, cu_k, (out.stride(0), 0), (lse.stride(0) if q.dim() == 4 else 1, 0))
     total = None if schedule.deferred else torch.empty_like(lse)
-    call(lib, batch, q, k, v, masking, schedule, out, lse, total)
+    _call(lib, batch, q, k, v, masking, schedule, out, lse, total)
     return out.to(q.dtype), Stats(lse, total)
 
 
@@ -219,7 +227,7 @@ def _lse_stride(lse: Tensor) -> tuple[int, int]:
     return (1, lse.stride(-2))
 
 
-def call(
+def _call(
     lib: ModuleType,
     batch: Batch,
     q: Tensor,
@@ -232,8 +240,8 @@ def call(
     total: Tensor | None,
     **more: Any,
 ) -> None:
-    """Run the native forward kernel; ``more`` replaces or adds fields of its description."""
-    description = _masks(batch, masking, schedule) | {
+    """Run the native forward kernel; ``more`` replaces fields of its description."""
+    description = describe(batch, masking, schedule) | {
         "q": q.data_ptr(),
         "k": k.data_ptr(),
         "v": v.data_ptr(),
@@ -247,9 +255,6 @@ def call(
         "lse": lse.data_ptr(),
         "lse_stride": _lse_stride(lse),
         "sum": 0 if total is None else total.data_ptr(),
-        "out_split": 0,
-        "lse_split": 0,
-        **_NO_PAGES,
     }
     lib.flash_forward(description | more)
 
@@ -277,7 +282,7 @@ def _split(
         "out_split": rows * heads * size,
         "lse_split": rows * heads,
     }
-    call(lib, batch, q, k, v, masking, schedule, out[0], lse[0], None, **where)
+    _call(lib, batch, q, k, v, masking, schedule, out[0], lse[0], None, **where)
     start = torch.arange(rows + 1, dtype=torch.int32) * splits
     entry = torch.arange(splits * rows, dtype=torch.int32).view(splits, rows).T.contiguous().view(-1)
     joined, joined_lse = merge(out.view(-1, heads, size), lse.view(-1, heads), start, entry, module=lib)
@@ -327,12 +332,10 @@ def backward(
         offset = np.arange(len(batch.sequences), dtype=np.int64) * dk.stride(0)
     else:
         offset = torch.as_tensor(cu_k).to(torch.int64).numpy()[:-1] * dk.stride(0)
-    description = _masks(batch, masking, replace(schedule, splits=1)) | {
+    description = describe(batch, masking, replace(schedule, splits=1)) | {
         "q": q32.data_ptr(),
         "k": k32.data_ptr(),
         "v": v32.data_ptr(),
-        "q_bf16": False,
-        "kv_bf16": False,
         "q_stride": _head_strides(q32),
         "k_stride": _head_strides(k32),
         "v_stride": _head_strides(v32),
@@ -342,15 +345,12 @@ def backward(
         "lse": lse.data_ptr(),
         "lse_stride": _lse_stride(lse),
         "sum": 0 if stats.sum is None else stats.sum.data_ptr(),
-        "out_split": 0,
-        "lse_split": 0,
         "dq": dq.data_ptr(),
         "dq_size": dq.numel(),
         "dk": dk.data_ptr(),
         "dv": dv.data_ptr(),
         "kv_gradient_offset": np.ascontiguousarray(offset),
         "kv_gradient_stride": _head_strides(dk),
-        **_NO_PAGES,
     }
     lib.flash_backward(description)
     return tuple(x[..., :size].to(q.dtype) for x in (dq, dk, dv))  # type: ignore[return-value]

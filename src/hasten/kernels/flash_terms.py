@@ -50,7 +50,7 @@ class Schedule:
 
 
 VERSION_2 = Schedule()
-VERSION_1 = Schedule(rows_outer=False, deferred=False, sequence_parallel=False)
+VERSION_1 = Schedule(rows_outer=False, deferred=False, sequence_parallel=False, tile=128)
 
 
 @dataclass(frozen=True)
