@@ -342,7 +342,7 @@ def test_statistics_belong_to_a_version() -> None:
     ("change", "error", "match"),
     [
         ({"keys_B": [9]}, ValueError, "keys_B exceeds"),
-        ({"rows_B": [4]}, ValueError, "outside q_THD"),
+        ({"rows_B": [4]}, ValueError, "rows outside the 3"),
         ({"table_BM": torch.tensor([[0, 3]], dtype=torch.int32)}, ValueError, "outside the pool of 3"),
         ({"table_BM": torch.tensor([[0, -1]], dtype=torch.int32)}, ValueError, "a page below 0"),
         ({"first_B": [0, 0]}, ValueError, "differ in length"),
