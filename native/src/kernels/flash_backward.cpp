@@ -99,12 +99,6 @@ struct Rows {
   }
 };
 
-struct Flat {  // rows of `stride` floats
-  float* base;
-  int stride;
-  float* operator()(int row) const { return base + static_cast<std::ptrdiff_t>(row) * stride; }
-};
-
 struct Listed {  // rows anywhere
   float* const* row;
   float* operator()(int i) const { return row[i]; }

@@ -21,12 +21,6 @@ struct Scratch {
   alignas(64) float score[(kMostKeys + kKeys) * kStrip];
 };
 
-struct Flat {  // rows of `stride` floats
-  float* base;
-  int stride;
-  float* operator()(int row) const { return base + static_cast<std::ptrdiff_t>(row) * stride; }
-};
-
 // Weights of keys [begin, end) of a tile from their logits, and the new maximum, sum and output factors of every lane.
 // Deferred (version 2): weights and output are relative to the running maximum, O <- f O + P V.
 // `exponent`: see Problem.

@@ -93,6 +93,12 @@ inline void scores(const float* const* k, int begin, int end, const float* x, in
     }
 }
 
+struct Flat {  // rows of `stride` floats
+  float* base;
+  int stride;
+  float* operator()(int row) const { return base + static_cast<std::ptrdiff_t>(row) * stride; }
+};
+
 // How a product joins what is there: y + ab, f y + ab, or f y + g ab (f and g per row).
 enum class Into { Add, Scale, Mix };
 

@@ -64,7 +64,7 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, total = ctx.saved_tensors
         masking, schedule, cu_q, cu_k = ctx.settings

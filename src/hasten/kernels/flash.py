@@ -151,7 +151,7 @@ def describe(batch: Batch, masking: Masking, schedule: Schedule) -> dict[str, An
         "lse_split": 0,
         **{name: getattr(schedule, name) for name in Schedule.__dataclass_fields__},
     }
-    strides = (0, 0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if (bias := masking.bias_BHTS) is not None:
         if bias.dtype is not torch.float32:
             raise TypeError(f"bias_BHTS must be float32, not {bias.dtype}")

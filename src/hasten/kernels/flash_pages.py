@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from hasten.kernels.flash_terms import VERSION_2, Masking, Schedule
 from hasten.kernels.native import native
 
 __all__ = ["PagesWork", "flash_pages"]
+
+Ints = Sequence[int] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +34,9 @@ class PagesWork:
     """
 
     table_BM: Tensor
-    first_B: Sequence[int]
-    rows_B: Sequence[int]
-    keys_B: Sequence[int]
+    first_B: Ints
+    rows_B: Ints
+    keys_B: Ints
     cache: dict[Any, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def batch(self, rows: int, heads: int, groups: int, size: int, page: int) -> tuple[Batch, int]:

@@ -37,7 +37,7 @@ class Schedule:
     skip: bool = True
     deterministic: bool = False
     lanes: int = 96
-    tile: int = 64
+    tile: int = 128
     splits: int = 1
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Schedule:
 
 
 VERSION_2 = Schedule()
-VERSION_1 = Schedule(rows_outer=False, deferred=False, sequence_parallel=False, tile=128)
+VERSION_1 = Schedule(rows_outer=False, deferred=False, sequence_parallel=False)
 
 
 @dataclass(frozen=True)
