@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from hasten.attention.dense import DenseKernel, DensePlan
 from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+from hasten.attention.pieces import PiecePlan
 from hasten.attention.policy import Dense, Selection
 from hasten.core.technique import Technique
 from hasten.kernels.flash import backward, forward
@@ -225,6 +226,10 @@ class FlashKernel(DenseKernel):
             work = PagesWork(table, rows.start_S1[:-1][many], count[many], rows.length_S[many])
             self._tiled = (plan, work, np.flatnonzero(np.repeat(many, count)))
         return self._tiled[1:]
+
+    def reading(self, plan: DensePlan, spec: AttentionSpec) -> PiecePlan | None:
+        # A step of decoding rows alone is read as the default kernel reads it.
+        return None if len(self.tiled(plan)[1]) else plan.part(spec)
 
     def run(
         self,
