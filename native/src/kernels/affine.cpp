@@ -137,7 +137,7 @@ nb::capsule packed_affine(int inputs, int outputs, int bits, int width, int halv
                           int scale_kind, Address scale, Address outer_scale, int low_kind, Address low,
                           Address outer_low, float offset, Address bias, Address column, int rounding) {
   const auto to = static_cast<Rounding>(rounding);
-  require(to != Rounding::int8 || ((bits == 4 || bits == 8) && halves % 2 == 0),
+  require(to != Rounding::int8 || (bits == 4 && halves % 2 == 0),
           "no kernel for 8 bit activations and these codes");
   require(to != Rounding::int16 || bits >= 4, "no kernel for 16 bit activations and these codes");
   auto a = std::make_unique<Affine>();

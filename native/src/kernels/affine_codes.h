@@ -173,7 +173,7 @@ struct Affine final : Packed {
 // Few rows: codes are multiplied as they are cut out of their words.
 constexpr int kDirect = 12;
 void direct(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy);
-// Activations rounded to 8 bits, codes of 4 or 8 bits, groups of whole chunks; any number of rows.
+// Activations rounded to 8 bits, codes of 4 bits, groups of whole chunks; any number of rows.
 void rounded_int8(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy);
 // Activations rounded to 16 bits, codes of 4, 5, 6 or 8 bits; any number of rows.
 void rounded_int16(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy);

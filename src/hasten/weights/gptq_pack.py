@@ -94,7 +94,7 @@ def pack_head(source: LinearSource, how: str) -> PackedLinear:
     if how == "int8" and source.blocks is not None and all(blocks.kind == "Q8_0" for blocks in source.blocks):
         from hasten.weights.native import NativeFormat  # which packs GPTQ folders with this module
 
-        return NativeFormat().pack(source)
+        return NativeFormat("float32").pack(source)
     if how != "int8":
         return pack_dense(source, getattr(torch, how))
     w_OI = source.dense()
