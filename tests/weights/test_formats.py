@@ -276,8 +276,8 @@ def test_rounded_activations_are_chosen_by_the_format() -> None:
             SettingError, match=f"'{activations}' do not go with {bits} bits in groups of {size}"
         ):
             AffineFormat(bits, size, head_bits=None, activations=activations)
+    codes, scale, low = affine_tensors(4, 64, 3, 32)
     with pytest.raises(UnsupportedError, match="no kernel multiplies int16 activations by 3 bits"):
-        codes, scale, low = affine_tensors(4, 64, 3, 32)
         AffineLinear(codes, scale, low, bits=3, group_size=32, activations="int16")
     for make in (AffineFormat, NativeFormat):
         with pytest.raises(SettingError, match="activations = 'int4'"):

@@ -1,4 +1,6 @@
 // Group-quantised layers: scales, the path for many rows (dequantise a block, then the dense tile), and the choice of path.
+#include <type_traits>
+
 #include "affine_codes.h"
 
 namespace hasten::affine {
@@ -27,16 +29,36 @@ void widen_half(const std::uint16_t* from, float* to) {
 #endif
 }
 
+// to[16] = bytes * factor[16]; not left to the compiler, which widens bytes by detours.
+template <typename Byte>
+void widen_bytes(const Byte* from, const float* factor, float* to) {
+#if defined(__AVX2__)
+  constexpr bool is_signed = std::is_signed_v<Byte>;
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  for (int i = 0; i < kBlock; i += 8) {
+    const __m128i part = i == 0 ? bytes : _mm_unpackhi_epi64(bytes, bytes);
+    const __m256i wide = is_signed ? _mm256_cvtepi8_epi32(part) : _mm256_cvtepu8_epi32(part);
+    _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_loadu_ps(factor + i)));
+  }
+#else
+  for (int i = 0; i < kBlock; ++i) to[i] = static_cast<float>(from[i]) * factor[i];
+#endif
+}
+
 // Numbers of groups [first, first + count) of a block as float32 [count][16]. unit: their scales, for multiples of them.
 void widen(const Affine& a, Kind kind, const void* values, const std::uint16_t* outer, int block, int first, int count,
            const float* unit, float* to) {
   const std::size_t start = (static_cast<std::size_t>(block) * a.groups + first) * kBlock;
   const int total = count * kBlock;
   if (kind == Kind::offset) {
-    for (int i = 0; i < total; ++i) to[i] = -a.offset * unit[i];
+    const vf factor = vf::set(-a.offset);
+    for (int i = 0; i < total; i += vf::width) (factor * vf::load(unit + i)).store(to + i);
   } else if (kind == Kind::zero) {
     const std::uint8_t* from = static_cast<const std::uint8_t*>(values) + start;
-    for (int i = 0; i < total; ++i) to[i] = -static_cast<float>(from[i]) * unit[i];
+    for (int i = 0; i < total; i += kBlock) {
+      widen_bytes(from + i, unit + i, to + i);
+      for (int j = i; j < i + kBlock; ++j) to[j] = -to[j];
+    }
   } else if (kind == Kind::single) {
     std::memcpy(to, static_cast<const float*>(values) + start, sizeof(float) * total);
   } else if (kind == Kind::half) {
@@ -48,7 +70,7 @@ void widen(const Affine& a, Kind kind, const void* values, const std::uint16_t* 
     float wide[kBlock];
     for (int g = 0; g < count; ++g) {
       if (g == 0 || (first + g) % a.nest == 0) widen_half(outer + (first + g) / a.nest * kBlock, wide);
-      for (int i = 0; i < kBlock; ++i) to[g * kBlock + i] = static_cast<float>(from[g * kBlock + i]) * wide[i];
+      widen_bytes(from + g * kBlock, wide, to + g * kBlock);
     }
   }
 }

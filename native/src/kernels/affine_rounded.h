@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kTall = 4;     // rows at once
 constexpr int kRows = 128;   // rows of a task
-constexpr int kSegment = 8;  // chunks whose scales (and, for many rows, codes) are expanded together
+constexpr int kSegment = 12;  // at most: chunks whose scales (and, for many rows, codes) are expanded together
 constexpr int kSpread = 0;   // "bits" of codes that were cut out of their words before
 constexpr int kV = vf::width >= 8 ? kBlock / vf::width : 1;
 
@@ -45,15 +45,31 @@ struct Rows {
   }
 };
 
-// Largest magnitude, or NaN if anything is NaN or infinite.
+// Largest magnitude of count values, a multiple of 32; NaN if anything is NaN or infinite. Without its sign, the bits of
+// a float are in the order of their values, and those of NaN and infinity come last.
 inline float largest(const float* value, int count) {
-  vf top = vf::zero(), poison = vf::zero();
-  for (int i = 0; i < count; i += vf::width) {
-    const vf v = vf::load(value + i);
-    top = max(top, max(v, vf::zero() - v));
-    poison = fma(v, vf::zero(), poison);
-  }
-  return poison.sum() == 0.0f ? top.max() : std::numeric_limits<float>::quiet_NaN();
+#if defined(__AVX512F__)
+  __m512i top = _mm512_setzero_si512();
+  for (int i = 0; i < count; i += 16)
+    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_loadu_si512(value + i), _mm512_set1_epi32(0x7fffffff)));
+  const std::uint32_t bits = _mm512_reduce_max_epu32(top);
+#elif defined(__AVX2__)
+  __m256i part[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int i = 0; i < count; i += 16)
+    for (int j = 0; j < 2; ++j) {
+      const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + i + 8 * j));
+      part[j] = _mm256_max_epu32(part[j], _mm256_and_si256(next, _mm256_set1_epi32(0x7fffffff)));
+    }
+  const __m256i both = _mm256_max_epu32(part[0], part[1]);
+  __m128i top = _mm_max_epu32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  top = _mm_max_epu32(top, _mm_unpackhi_epi64(top, top));
+  top = _mm_max_epu32(top, _mm_shuffle_epi32(top, 1));
+  const auto bits = static_cast<std::uint32_t>(_mm_cvtsi128_si32(top));
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < count; ++i) bits = std::max(bits, std::bit_cast<std::uint32_t>(value[i]) & 0x7fffffffu);
+#endif
+  return bits < 0x7f800000u ? std::bit_cast<float>(bits) : std::numeric_limits<float>::quiet_NaN();
 }
 
 // How values up to `largest` become integers up to `most`: times `inverse`, and back times `scale`. What is too small for
@@ -184,6 +200,7 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y
   const bool parallel = worth_threads(rows, a.inputs, a.outputs), few = rows <= kTall;
   const Rows all = prepare<Form>(a, x, ldx, rows, a.chunks * U, parallel);
   const int blocks = a.blocks(), tasks = blocks * ((rows + kRows - 1) / kRows), per_group = a.halves * U / 2;
+  const int segments = (a.chunks + kSegment - 1) / kSegment;
   constexpr int side = kSegment * U * kBlock;
 #pragma omp parallel for schedule(static) if (parallel)
   for (int task = 0; task < tasks; ++task) {
@@ -193,8 +210,9 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y
     auto* codes = reinterpret_cast<std::uint32_t*>(total + kRows * kBlock);
     std::fill(total, total + (end - begin) * kBlock, 0.0f);
     const std::uint32_t* words = a.block_words(b);
-    for (int c = 0; c < a.chunks; c += kSegment, words += kSegment * B * kBlock) {
-      const int chunks = std::min(kSegment, a.chunks - c), unit = c * U, group = unit / per_group;
+    for (int c = 0, i = 0, chunks; c < a.chunks; c += chunks, ++i, words += chunks * B * kBlock) {
+      chunks = (a.chunks - c + segments - i - 1) / (segments - i);  // of about equal length
+      const int unit = c * U, group = unit / per_group;
       a.expand(b, group, (unit + chunks * U - 1) / per_group + 1 - group, scale, scale + side);
       if (!few) spread<Form, B>(words, chunks, codes);
       for (int r = begin; r < end; r += kTall) {

@@ -41,7 +41,7 @@ def check_activations(activations: str) -> None:
     """Raise `SettingError` unless ``activations`` is one of the kernels' `ACTIVATIONS`."""
     if activations not in ACTIVATIONS:
         raise SettingError(
-            f"activations = {activations!r}: choose float32 (exact), int16 (finer than bfloat16) or int8 (coarse, fastest)"
+            f"activations = {activations!r}: choose float32 (exact), int16 (finer than bfloat16) or int8 (coarse)"
         )
 
 
