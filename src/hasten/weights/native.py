@@ -179,8 +179,8 @@ class NativeFormat(WeightFormat):
     """Every linear layer as the checkpoint stores it (``dtype = "auto"``); see the table at the top of the file.
 
     activations: what quantised layers round their inputs to. ``"int16"``: per row, finer than bfloat16 (perplexity
-    within 0.1%). ``"int8"``: per 32 inputs where codes have 4 bits (faster for many rows; perplexity rises by some 0.3%).
-    ``"float32"``: nothing. GPTQ folders and plain weights always meet float32 activations.
+    within 0.1%). ``"int8"``: per 32 inputs where codes have 4 bits (faster for many rows; perplexity rises by
+    some 0.3%). ``"float32"``: nothing. GPTQ folders and plain weights always meet float32 activations.
     """
 
     def __init__(self, activations: str = "int16") -> None:
