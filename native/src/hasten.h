@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "bf16.h"
+
 namespace nb = nanobind;
 
 namespace hasten {
@@ -36,13 +38,5 @@ struct Binder {
   static void hasten_bind(nb::module_& m);                 \
   static const ::hasten::Binder hasten_binder{&hasten_bind}; \
   static void hasten_bind(nb::module_& m)
-
-// bfloat16 is passed as its bits: torch tensors are viewed as int16 on the Python side.
-inline float bf16_to_float(std::uint16_t bits) {
-  std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
-  float out;
-  __builtin_memcpy(&out, &wide, sizeof out);
-  return out;
-}
 
 }  // namespace hasten

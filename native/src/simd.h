@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "hasten.h"
+#include "bf16.h"
 
 namespace hasten {
 

@@ -1,20 +1,18 @@
-"""Planning: what is cut still covers every visible token exactly once, and no task is much larger than its share."""
+"""Planning: what is cut still covers every visible token exactly once. Balance: test_flashinfer_plan.py."""
 
 from __future__ import annotations
 
 import random
 
 import numpy as np
-import pytest
 from attention_steps import make_layout, random_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.attention import pieces as planning
 from hasten.attention.pieces import (
+    PiecePlan,
     Pieces,
     Rows,
-    balance,
     finish,
     join,
     prefix_sum,
@@ -26,14 +24,26 @@ from hasten.attention.pieces import (
 
 def coverage(pieces: Pieces, rows: Rows) -> list[list[int]]:
     """For each row, the (page, offset) slots it reads, sorted."""
+    every = [(j, e, 0, 1 << 30) for j, e in enumerate_entries(pieces)]
+    return slots_read(every, pieces, rows)
+
+
+def slots_read(parts: list[tuple[int, int, int, int]], pieces: Pieces, rows: Rows) -> list[list[int]]:
+    """The slots of parts (piece, entry, first token, end token), per row and sorted."""
     seen: list[list[int]] = [[] for _ in rows.limit_T]
-    for j, e in enumerate_entries(pieces):
+    for j, e, begin, end in parts:
         start = pieces.page_start_J1[j]
-        for token in range(int(pieces.first_E[e]), int(pieces.limit_E[e])):
+        for token in range(max(int(pieces.first_E[e]), begin), min(int(pieces.limit_E[e]), end)):
             page = int(pieces.page_C[start + token // rows.page])
             assert start + token // rows.page < pieces.page_start_J1[j + 1]
             seen[int(pieces.row_E[e])].append(page * rows.page + token % rows.page)
     return [sorted(slots) for slots in seen]
+
+
+def scheduled(plan: PiecePlan, head: int) -> list[tuple[int, int, int, int]]:
+    """The parts that a schedule reads for one kv head."""
+    tasks = plan.schedule.facts().task_K7.tolist()
+    return [(j, e, a, b) for j, begin, end, g, a, b, _ in tasks if g == head for e in range(begin, end)]
 
 
 def enumerate_entries(pieces: Pieces) -> list[tuple[int, int]]:
@@ -49,54 +59,35 @@ def enumerate_entries(pieces: Pieces) -> list[tuple[int, int]]:
     threads=st.sampled_from([1, 2, 5]),
 )
 @settings(max_examples=80, deadline=None)
-def test_balancing_keeps_what_rows_see(
+def test_a_schedule_reads_what_rows_see(
     seed: int, page: int, sequences: int, window: int | None, chunk: int, threads: int
 ) -> None:
     layout, _ = random_step(random.Random(seed), page=page, sequences=sequences)
     rows = Rows.of(layout)
     pieces = windowed(sequence_pieces(rows), rows.limit_T, window)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "MIN_CHUNK", chunk)
-        cut = balance(pieces, page, 6, 2, threads)
-    assert coverage(cut, rows) == coverage(pieces, rows)
+    plan = finish(pieces, len(rows.limit_T), page, 6, 2, 4 * threads, min_chunk=chunk)
+    found = [slots_read(scheduled(plan, head), pieces, rows) for head in (0, 1)]
+    assert found == [coverage(pieces, rows)] * 2
     table = layout.page_table_SM.numpy()
     for t, s in enumerate(layout.row_sequence_T().tolist()):
         limit = int(rows.limit_T[t])
         first = 0 if window is None else max(0, limit - window)
         expected = [int(table[s, i // page]) * page + i % page for i in range(first, limit)]
-        assert coverage(cut, rows)[t] == sorted(expected)
-    plan = finish(cut, len(rows.limit_T))
-    if plan.entry_E is not None:
-        assert plan.entry_start_T1 is not None
-        row_E = cut.row_E[plan.entry_E.numpy()]
-        assert (row_E == np.repeat(np.arange(len(rows.limit_T)), np.diff(plan.entry_start_T1.numpy()))).all()
+        assert found[0][t] == sorted(expected)
 
 
-@pytest.mark.parametrize("lengths", [[8000], [8000, 100, 100, 100], [4000, 4000, 4000], [2000] * 7, [500]])
-def test_no_task_is_larger_than_a_fair_share(lengths: list[int]) -> None:
-    tables = [list(range(-(-n // 16))) for n in lengths]
-    rows = Rows.of(make_layout(tables, lengths, [1] * len(lengths), 16))
-    cut = balance(sequence_pieces(rows), 16, 9, 3, threads=2)
-    tokens = cut.limit_E - cut.first_E
-    # Longest first on two workers, three kv heads per piece.
-    load = [0, 0]
-    for cost in sorted(np.repeat(tokens, 3), reverse=True):
-        load[load.index(min(load))] += int(cost)
-    assert max(load) / (sum(load) / 2) <= 1.1
-    assert len(tokens) <= 4 * 2 * planning.ITEMS_PER_THREAD + len(lengths)
-
-
-def test_one_thread_cuts_nothing() -> None:
+def test_one_worker_cuts_nothing() -> None:
     rows = Rows.of(make_layout([list(range(500))], [8000], [1], 16))
-    pieces = sequence_pieces(rows)
-    assert balance(pieces, 16, 9, 3, threads=1) is pieces
-    assert finish(pieces, 1).entry_E is None
+    facts = finish(sequence_pieces(rows), 1, 16, 9, 3, 1).schedule.facts()
+    assert len(facts.task_K7) == 3
+    assert facts.slots == 0
 
 
-def test_pages_outside_a_window_are_dropped() -> None:
+def test_pages_outside_a_window_are_not_read() -> None:
     rows = Rows.of(make_layout([list(range(500))], [8000], [1], 16))
-    cut = balance(windowed(sequence_pieces(rows), rows.limit_T, 100), 16, 9, 3, threads=1)
-    assert len(cut.page_C) <= 100 // 16 + 2
+    pieces = windowed(sequence_pieces(rows), rows.limit_T, 100)
+    tasks = finish(pieces, 1, 16, 9, 3, 8).schedule.facts().task_K7
+    assert tasks[:, 4].min() >= 8000 - 100 - 16
 
 
 def test_ranges_and_prefix_sum() -> None:

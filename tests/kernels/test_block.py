@@ -186,7 +186,7 @@ def test_stack_is_the_decoder(module: ModuleType, kind: str, sizes: list[int]) -
         readings = []
         for spec in kinds:
             part = kernel.reading(plan, spec)
-            readings.append(Reading(part.work, spec.scale, spec.softcap, part.entry_start_T1, part.entry_E))
+            readings.append(Reading(part.schedule, spec.scale, spec.softcap))
         rows = x[start : start + size].clone()
         stack.step(rows, layout.slot_T, [decoder.rope(0).tables(index)], readings)
         found.append(rows)
@@ -213,7 +213,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Stack([block], [torch.zeros(5, 3, 4, 8)], [pool], [0], [0])
     stack = Stack([block], [pool], [pool.clone()], [0], [0])
     tables = [(torch.zeros(1, 8), torch.zeros(1, 8))]
-    with pytest.raises(ValueError, match="work list per reading"):
+    with pytest.raises(ValueError, match="schedule per reading"):
         stack.step(torch.zeros(1, 40), torch.zeros(1, dtype=torch.int64), tables, [])
     with pytest.raises(ValueError, match="slot_T"):
         stack.step(torch.zeros(1, 40), torch.tensor([20]), tables, [])

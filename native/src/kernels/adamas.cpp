@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "hasten.h"
 #include "simd.h"
 
 namespace hasten {

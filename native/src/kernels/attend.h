@@ -73,14 +73,6 @@ inline vf tanh(vf x) {
 inline float widen(float x) { return x; }
 inline float widen(std::uint16_t x) { return bf16_to_float(x); }
 
-// How scores are made from a query-key product: query vectors are multiplied by `query` beforehand, and with
-// soft-capping (`cap` > 0) the product then becomes cap * tanh(product).
-struct Logits {
-  float query;
-  float cap;
-  Logits(float scale, float softcap)
-      : query(softcap > 0 ? scale / softcap : scale * kLog2e), cap(softcap > 0 ? softcap * kLog2e : 0.0f) {}
-};
 
 template <typename KV>
 struct Tokens {
@@ -251,6 +243,22 @@ inline float softmax_row(float* s, int low, int high, Span span, float cap, floa
   return factor;
 }
 
+// How scores become weights: the policy of plain softmax attention. Query vectors are multiplied by `query` beforehand, and
+// with soft-capping (`cap` > 0) the product then becomes cap * tanh(product). Other policies: attend_variant.h.
+struct Logits {
+  static constexpr bool copies = false;  // whether keys or values are transformed, and so copied, as they are read
+  float query;
+  float cap;
+  Logits(float scale, float softcap)
+      : query(softcap > 0 ? scale / softcap : scale * kLog2e), cap(softcap > 0 ? softcap * kLog2e : 0.0f) {}
+
+  // Scores of tokens [low, high) of a tile become weights of query vector `row`; returns the factor for what was summed
+  // before.
+  float weights(float* s, int low, int high, Span span, int /*row*/, float& m, float& l) const {
+    return softmax_row(s, low, high, span, cap, m, l);
+  }
+};
+
 inline void scale_row(float* o, int size, float factor) {
   const vf f = vf::set(factor);
   for (int c = 0; c < size; c += vf::width) (vf::load(o + c) * f).store(o + c);
@@ -290,8 +298,9 @@ struct State {
   }
 };
 
-template <int Q, bool Ahead, typename KV>
-void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>& next) {
+template <int Q, bool Ahead, typename KV, typename Policy>
+void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, const Policy& policy,
+              const Tokens<KV>& next) {
   alignas(64) float score[Q * kTile];
   int low = kTile, high = 0;
   for (int i = 0; i < Q; ++i) {
@@ -305,7 +314,7 @@ void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, floa
   const float* q = st.q.data() + static_cast<std::size_t>(row) * st.stride;
   few_scores<Q, Ahead>(q, st.stride, tile, low, high, nv, score, next);
   for (int i = 0; i < Q; ++i) {
-    const float factor = softmax_row(score + i * kTile, low, high, span[row + i], cap, st.m[row + i], st.l[row + i]);
+    const float factor = policy.weights(score + i * kTile, low, high, span[row + i], row + i, st.m[row + i], st.l[row + i]);
     if (factor != 1.0f) scale_row(o + i * st.stride, st.stride, factor);
   }
   few_values_all<Q, Ahead>(score, tile, low, high, o, st.stride, nv, next);
@@ -313,31 +322,39 @@ void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, floa
 
 // One tile for all rows of the state, keys and values where they lie (the head size is a multiple of vf::width). The
 // first rows ask for the tile `next` (null: there is none; all its kTile addresses must be set).
-template <typename KV>
-void few_tile(State& st, const Tokens<KV>& tile, const Span* span, float cap, const Tokens<KV>* next) {
+template <typename KV, typename Policy>
+void few_tile(State& st, const Tokens<KV>& tile, const Span* span, const Policy& policy, const Tokens<KV>* next) {
   auto rows = [&]<bool Ahead>(int row, int left) {
     const Tokens<KV>& after = Ahead ? *next : tile;
-    if (left == 1) return few_rows<1, Ahead>(st, row, tile, span, cap, after), 1;
-    if (left == 2 || left == 4) return few_rows<2, Ahead>(st, row, tile, span, cap, after), 2;
-    return few_rows<3, Ahead>(st, row, tile, span, cap, after), 3;
+    if (left == 1) return few_rows<1, Ahead>(st, row, tile, span, policy, after), 1;
+    if (left == 2 || left == 4) return few_rows<2, Ahead>(st, row, tile, span, policy, after), 2;
+    return few_rows<3, Ahead>(st, row, tile, span, policy, after), 3;
   };
   int row = next == nullptr ? 0 : rows.template operator()<true>(0, st.count);
   while (row < st.count) row += rows.template operator()<false>(row, st.count - row);
 }
 
-// A tile copied to float scratch with rows padded to whole vectors, for head sizes that are not a multiple of vf::width.
+// A tile copied to float scratch with rows padded to whole vectors: for head sizes that are not a multiple of vf::width, and
+// for keys and values that are transformed as they are read.
 struct Padded {
   std::vector<float> k, v;
+  int filled = 0;
   Tokens<float> tokens;
 
   template <typename KV>
   void copy(const Tokens<KV>& tile, int count, int size, int stride) {
-    k.assign(static_cast<std::size_t>(kTile) * stride, 0.0f);
-    v.assign(static_cast<std::size_t>(kTile) * stride, 0.0f);
+    if (size != filled) {  // so that the padding is zero
+      k.assign(static_cast<std::size_t>(kTile) * stride, 0.0f);
+      v.assign(static_cast<std::size_t>(kTile) * stride, 0.0f);
+      filled = size;
+    }
     for (int t = 0; t < count; ++t) {
       float* kt = k.data() + static_cast<std::size_t>(t) * stride;
       float* vt = v.data() + static_cast<std::size_t>(t) * stride;
-      for (int d = 0; d < size; ++d) kt[d] = widen(tile.k[t][d]), vt[d] = widen(tile.v[t][d]);
+      int d = 0;
+      for (; d + vf::width <= size; d += vf::width)
+        vf::load(tile.k[t] + d).store(kt + d), vf::load(tile.v[t] + d).store(vt + d);
+      for (; d < size; ++d) kt[d] = widen(tile.k[t][d]), vt[d] = widen(tile.v[t][d]);
       tokens.k[t] = kt;
       tokens.v[t] = vt;
     }

@@ -138,7 +138,8 @@ inline void interleave(const State& st, int size, std::vector<float>& out) {
 }
 
 // One packed tile for all rows of the state. `span` has an entry per padded row (padding: empty).
-inline void many_tile(State& st, const float* q, const Packed& tile, int size, const Span* span, float cap) {
+template <typename Policy>
+void many_tile(State& st, const float* q, const Packed& tile, int size, const Span* span, const Policy& policy) {
   alignas(64) float score[kGroup * kTile];
   const int nv = st.stride / vf::width;
   for (int row = 0; row < st.count; row += kGroup) {
@@ -154,7 +155,7 @@ inline void many_tile(State& st, const float* q, const Packed& tile, int size, c
       many_scores(x, tile.k.data() + static_cast<std::size_t>(t) * size, size, score + t);
     float* o = st.o.data() + static_cast<std::size_t>(row) * st.stride;
     for (int i = 0; i < kGroup; ++i) {
-      const float factor = softmax_row(score + i * kTile, low, high, span[row + i], cap, st.m[row + i], st.l[row + i]);
+      const float factor = policy.weights(score + i * kTile, low, high, span[row + i], row + i, st.m[row + i], st.l[row + i]);
       if (factor != 1.0f) scale_row(o + i * st.stride, st.stride, factor);
     }
     int c = 0;
@@ -180,16 +181,28 @@ struct Scratch {
     span.assign(state.m.size(), Span{0, 0});
   }
 
-  template <typename KV>
-  void add(const Tokens<KV>& tile, int count, int size, float cap, const Tokens<KV>* next) {
+  template <typename KV, typename Policy>
+  void add(const Tokens<KV>& tile, int count, int size, const Policy& policy, const Tokens<KV>* next) {
+    if constexpr (Policy::copies) {
+      padded.copy(tile, count, size, state.stride);
+      policy.transform(padded.k.data(), padded.v.data(), count, state.stride);
+      add_plain<float>(padded.tokens, count, size, policy, nullptr);
+    } else {
+      add_plain<KV>(tile, count, size, policy, next);
+    }
+  }
+
+ private:
+  template <typename KV, typename Policy>
+  void add_plain(const Tokens<KV>& tile, int count, int size, const Policy& policy, const Tokens<KV>* next) {
     if (!few) {
       packed.pack(tile, count, size, state.stride);
-      many_tile(state, query.data(), packed, size, span.data(), cap);
-    } else if (size % vf::width == 0) {
-      few_tile(state, tile, span.data(), cap, next);
+      many_tile(state, query.data(), packed, size, span.data(), policy);
+    } else if (size % vf::width == 0 || Policy::copies) {
+      few_tile(state, tile, span.data(), policy, next);
     } else {
       padded.copy(tile, count, size, state.stride);
-      few_tile<float>(state, padded.tokens, span.data(), cap, nullptr);
+      few_tile<float>(state, padded.tokens, span.data(), policy, nullptr);
     }
   }
 };

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "hasten.h"
 #include "attend_many.h"
 
 namespace hasten {
@@ -71,7 +72,7 @@ void run_part(const Call& c, int row, int choice, int begin, int end, float* out
         t + kTile < end ? locate(c, row, head, index + t + kTile, std::min(kTile, end - t - kTile), tiles[1 - now]) : 0;
     if (ahead > 0) tiles[1 - now].fill(ahead);
     std::fill_n(scratch.span.begin(), repeat, Span{0, count});
-    scratch.add(tiles[now], count, c.size, logits.cap, ahead > 0 ? &tiles[1 - now] : nullptr);
+    scratch.add(tiles[now], count, c.size, logits, ahead > 0 ? &tiles[1 - now] : nullptr);
     now = 1 - now;
     count = ahead;
   }

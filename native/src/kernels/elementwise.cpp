@@ -1,4 +1,5 @@
 // RMSNorm (Zhang and Sennrich, arXiv 1910.07467, equation 4), SwiGLU and GeGLU (Shazeer, arXiv 2002.05202), sums.
+#include "hasten.h"
 #include "elementwise.h"
 
 #include "attend.h"

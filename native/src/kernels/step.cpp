@@ -1,4 +1,4 @@
-// A whole step of the decoder stack in one call, for steps in which every layer reads densely what a work list says (see
+// A whole step of the decoder stack in one call, for steps in which every layer reads densely what a schedule says (see
 // attend_work.h): layers of packed weights, float32 or bfloat16 pages. Everything that differs from step to step comes
 // with the call; everything that does not was checked when the stack was made.
 #include <nanobind/stl/tuple.h>
@@ -27,11 +27,10 @@ struct Stack {
   int ropes = 0, readings = 0;
 };
 
-using Index = Array<const std::int32_t, -1>;
 // Cos and sin [rows][rotated] and how many dimensions they turn.
 using Tables = std::tuple<Address, Address, int>;
-// Work list, softmax scale, soft cap (0: none), and how its parts join: starts and entries, empty when they need not.
-using Reading = std::tuple<nb::capsule, float, float, Index, Index>;
+// Schedule, softmax scale, soft cap (0: none).
+using Reading = std::tuple<nb::capsule, float, float>;
 
 nb::capsule stack(const std::vector<nb::capsule>& blocks, const std::vector<Address>& k, const std::vector<Address>& v,
                   const std::vector<int>& rope, const std::vector<int>& reading, std::int64_t pages, int page,
@@ -66,30 +65,20 @@ void stack_step(const nb::capsule& handle, Address address, int rows, Array<cons
   require(static_cast<int>(slot.shape(0)) == rows, "slot_T must name a slot per row");
   rope::check_slots(slot.data(), rows, stack.pages, stack.page);
   require(static_cast<int>(ropes.size()) == stack.ropes, "one pair of rotary tables per rope of the stack");
-  require(static_cast<int>(readings.size()) == stack.readings, "one work list per reading of the stack");
+  require(static_cast<int>(readings.size()) == stack.readings, "one schedule per reading of the stack");
   struct Read {
-    attend::Work* work;
+    const attend::Work* work;
     float scale, softcap;
-    const std::int32_t *start, *entry;  // null: the parts are the rows
   };
   std::vector<Read> reads;
-  for (const auto& [work_handle, scale, softcap, start, entry] : readings) {
-    attend::Work& work = attend::unwrap_work(work_handle);
-    attend::check_work(work, rows, static_cast<int>(std::min<std::int64_t>(stack.pages, INT32_MAX)), stack.page);
-    const bool joined = start.shape(0) > 0;
-    require(joined ? static_cast<int>(start.shape(0)) == rows + 1 : work.entries() == rows,
-            "a work list whose entries are not the rows needs to be told how to join them");
-    if (joined)
-      attend::check_parts(start.data(), rows, entry.data(), static_cast<std::int64_t>(entry.shape(0)), work.entries());
-    reads.push_back({&work, scale, softcap, joined ? start.data() : nullptr, entry.data()});
-  }
+  for (const auto& [schedule, scale, softcap] : readings)
+    reads.push_back({&attend::unwrap_work(schedule, attend::kSchedule), scale, softcap});
   for (const auto& [cos, sin, rotated] : ropes) require(rotated >= 0 && rotated % 2 == 0, "rotary tables need an even width");
-  // Plans are made while the GIL is held: another thread may share the work.
-  std::vector<const std::vector<attend::Task>*> tasks;
   for (const Layer& layer : stack.layers) {
     const Block& b = *layer.block;
     require(std::get<2>(ropes[layer.rope]) <= b.size, "rotary tables are wider than a head");
-    tasks.push_back(&reads[layer.reading].work->plan(b.heads / b.kv_heads, b.kv_heads));
+    attend::check_schedule(*reads[layer.reading].work, rows, b.heads, b.kv_heads,
+                           static_cast<int>(std::min<std::int64_t>(stack.pages, INT32_MAX)), stack.page);
   }
   float* x = reinterpret_cast<float*>(address);
   const std::int64_t* slots = slot.data();
@@ -99,26 +88,22 @@ void stack_step(const nb::capsule& handle, Address address, int rows, Array<cons
     const Layer& layer = stack.layers[i];
     const Block& b = *layer.block;
     const Read& read = reads[layer.reading];
-    const int width = b.qkv_width(), query = b.heads * b.size, entries = read.work->entries();
+    const attend::Plan& plan = *read.work->plan;
+    const int width = b.qkv_width(), query = b.heads * b.size;
     float* qkv = grown(qkv_memory, static_cast<std::size_t>(rows) * width);
-    float* part = grown(part_memory, static_cast<std::size_t>(entries) * query);
-    float* lse = grown(lse_memory, static_cast<std::size_t>(entries + rows) * b.heads);
+    float* out = grown(out_memory, static_cast<std::size_t>(rows) * query);
+    float* part = grown(part_memory, static_cast<std::size_t>(plan.slots) * query);
+    float* lse = grown(lse_memory, static_cast<std::size_t>(plan.slots + rows) * b.heads);
     b.attention_in(x, rows, qkv);
     const auto& [cos, sin, rotated] = ropes[layer.rope];
     rope::append({qkv, width, b.heads}, {qkv + query, width, b.kv_heads},
                  {qkv + query + b.kv_heads * b.size, width, b.kv_heads}, b.size,
                  {reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), rotated}, true, slots, rows,
                  {layer.k, layer.v, stack.pages, stack.page, stack.bf16});
-    attend::run(*read.work, *tasks[i],
-                {qkv, width, layer.k, layer.v, part, lse, b.heads, b.kv_heads, b.size, stack.page, read.scale,
-                 read.softcap},
-                stack.bf16);
-    float* out = part;
-    if (read.start != nullptr) {
-      out = grown(out_memory, static_cast<std::size_t>(rows) * query);
-      attend::merge(part, lse, read.start, read.entry, rows, b.heads, b.size, out,
-                    lse + static_cast<std::size_t>(entries) * b.heads);
-    }
+    const attend::Call call{qkv, width, layer.k, layer.v, out, lse + static_cast<std::size_t>(plan.slots) * b.heads,
+                            part, lse, b.heads, b.kv_heads, b.size, stack.page, read.scale, read.softcap};
+    attend::run(read.work->view(), plan, call, stack.bf16);
+    attend::join_parts(plan, call);
     b.attention_out(out, x, rows, x);
     b.mlp(x, rows, x);
   }

@@ -1,4 +1,5 @@
 // Passes over rows of logits (one per sequence, as wide as the vocabulary): the highest entry, and whether all are finite.
+#include "hasten.h"
 #include "simd.h"
 
 namespace hasten {

@@ -10,13 +10,13 @@ Legend: T rows of the sequence, X head groups of the selection (1, G or H), Q qu
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hasten.attention.layout import AttentionSpec, KVPages
-from hasten.attention.pieces import Ints, Pieces, Rows, balance, finish, prefix_sum, ranges
+from hasten.attention.pieces import Ints, Pieces, Rows, finish, prefix_sum, ranges
 from hasten.attention.policy import BlockSelection
 from hasten.core.errors import UnsupportedError
+from hasten.kernels.schedule import default_workers
 
 
 def block_pieces(rows: Rows, selection: BlockSelection, spec: AttentionSpec) -> Pieces:
@@ -88,7 +88,6 @@ def attend_blocks(
     if choices > 1:
         k, v = k.view(-1, 1, *k.shape[2:]), v.view(-1, 1, *v.shape[2:])
         heads, groups = heads // choices, 1
-    pieces = balance(pieces, rows.page, heads, groups, torch.get_num_threads())
-    plan = finish(pieces, q_THD.shape[0] * choices)
+    plan = finish(pieces, q_THD.shape[0] * choices, rows.page, heads, groups, default_workers())
     out, _ = plan.attend(q_THD.view(-1, heads, size), k, v, spec.scale, spec.softcap)
     return out.view(q_THD.shape)

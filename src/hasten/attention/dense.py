@@ -24,7 +24,6 @@ from hasten.attention.pieces import (
     PiecePlan,
     Pieces,
     Rows,
-    balance,
     finish,
     sequence_pieces,
     windowed,
@@ -33,6 +32,7 @@ from hasten.attention.pieces import (
 from hasten.attention.policy import BlockSelection, Dense, DenseScores, Selection, TokenSelection
 from hasten.core.errors import UnsupportedError
 from hasten.kernels.attention import attend_tokens
+from hasten.kernels.schedule import default_workers
 
 
 @dataclass(eq=False)
@@ -62,17 +62,17 @@ class DensePlan:
 
     def part(self, spec: AttentionSpec, sparse: bytes = b"") -> PiecePlan:
         """The balanced piece list for ``spec`` without the rows ``sparse`` (int64 bytes)."""
-        threads = torch.get_num_threads()
-        key = (spec.shape.heads, spec.shape.kv_heads, spec.window, threads, sparse)
+        heads, kv_heads, workers = spec.shape.heads, spec.shape.kv_heads, default_workers()
+        key = (heads, kv_heads, spec.window, workers, sparse)
         found = self.parts.get(key)
         if found is None and (old := self.earlier.get(key)) is not None:
-            found = self.parts[key] = old.moved(self.rows.limit_T, spec.window, self.rows.page)
+            found = self.parts[key] = old.moved(self.rows.limit_T, spec.window)
         if found is None:
             pieces = windowed(self.pieces, self.rows.limit_T, spec.window)
             if sparse:
                 pieces = without_rows(pieces, np.frombuffer(sparse, np.int64), self.count)
-            pieces = balance(pieces, self.rows.page, spec.shape.heads, spec.shape.kv_heads, threads)
-            found = self.parts[key] = finish(pieces, self.count)
+            found = finish(pieces, self.count, self.rows.page, heads, kv_heads, workers)
+            self.parts[key] = found
         return found
 
 

@@ -2,7 +2,7 @@
 
 Every exact kernel is one template: query rows x a list of KV *pieces* (runs of pages) give partial
 ``(out, lse)`` pairs, merged per row. A kernel's plan says which rows read which pieces; `plan` runs once per
-step on the host, `run` once per layer. See `hasten.kernels.attend_pieces` and `hasten.kernels.merge`.
+step on the host, `run` once per layer. See `hasten.kernels.schedule` and `hasten.kernels.attention`.
 
 Legend: T rows, H query heads, D head size.
 """
@@ -45,7 +45,7 @@ class AttentionKernel(ABC):
         """
 
     def reading(self, plan: Any, spec: AttentionSpec) -> PiecePlan | None:
-        """The work list by which ``run`` reads a `Dense` selection, if `attend_pieces` and `merge` are all it does.
+        """The plan by which ``run`` reads a `Dense` selection, if running its schedule is all it does.
 
         Then a whole step can run natively, without calling ``run`` per layer. None: it has to be called.
         """

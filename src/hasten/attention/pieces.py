@@ -1,8 +1,8 @@
-"""Planning of exact attention: from the ragged batch of a step to balanced lists of KV pieces. NumPy only.
+"""Planning of exact attention: from the ragged batch of a step to lists of KV pieces.
 
 A planner makes `Pieces` (which rows read which runs of pages, absolute positions known), `windowed` and
-`without_rows` narrow them, `balance` cuts long pieces over the context so that all threads have work, and `finish`
-turns them into what the kernels read. Nothing here loops over sequences, rows or pages.
+`without_rows` narrow them, and `finish` has them cut over the context and shared out evenly (`Schedule`). Nothing here
+loops over sequences, rows or pages.
 
 Legend: T rows, S sequences, J pieces, E entries (a row that reads a piece), C page references, P page size.
 """
@@ -10,29 +10,20 @@ Legend: T rows, S sequences, J pieces, E entries (a row that reads a piece), C p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from hasten.attention.layout import StepLayout
-from hasten.kernels.attention import PieceWork, attend_pieces, merge
+from hasten.kernels.schedule import MAX_TILE, MIN_CHUNK, Schedule
 
 Ints = npt.NDArray[np.int64]
-
-# Fewer tokens than this per piece and the merge costs more than the balance gains.
-MIN_CHUNK = 128
-# Work items per thread that balancing aims for, so that dynamic scheduling evens them out.
-ITEMS_PER_THREAD = 6
-# Query vectors (rows x heads of a kv head) that one kernel task holds.
-BLOCK_VECTORS = 96
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Unbalanced work list, int64. ``base_J`` is the absolute index of a piece's first token."""
+    """Work list as planned by hand, int64. ``base_J`` is the absolute index of a piece's first token."""
 
     page_C: Ints
     page_start_J1: Ints
@@ -157,101 +148,53 @@ def without_rows(pieces: Pieces, row_R: Ints, rows: int) -> Pieces:
     return pieces.keep(stay[pieces.row_E])
 
 
-def balance(pieces: Pieces, page: int, heads: int, kv_heads: int, threads: int) -> Pieces:
-    """Cut pieces over the context until no kernel task is a large share of the whole work.
-
-    Cuts lie on page boundaries; entries that see nothing of a part are dropped, and so are pages that nobody sees.
-    """
-    count = np.diff(pieces.row_start_J1)
-    live = count > 0
-    if not live.any():
-        return pieces
-    # What the rows of a piece see of it: [low, high).
-    low = np.zeros(len(count), np.int64)
-    high = np.zeros(len(count), np.int64)
-    at = pieces.row_start_J1[:-1][live]
-    low[live] = np.minimum.reduceat(pieces.first_E, at)
-    high[live] = np.maximum.reduceat(pieces.limit_E, at)
-    low -= low % page
-    span = np.maximum(high - low, 0)
-    block = np.minimum(count, max(1, BLOCK_VECTORS * kv_heads // heads))
-    total = int((span * count).sum()) * kv_heads
-    chunk = span.copy()
-    if threads > 1:
-        chunk = total // (threads * ITEMS_PER_THREAD) // np.maximum(block, 1)
-        chunk = np.minimum(np.maximum(chunk, MIN_CHUNK), np.maximum(span, 1))
-    parts = np.where(live, np.maximum(-(-span // np.maximum(chunk, 1)), 1), 0)
-    if (parts == live).all() and not low.any():
-        return pieces
-    chunk = -(-span // np.maximum(parts, 1))
-    chunk = -(-chunk // page) * page
-    piece = np.repeat(np.arange(len(count)), parts)
-    begin = low[piece] + ranges(np.zeros_like(parts), parts) * chunk[piece]
-    end = np.minimum(begin + chunk[piece], high[piece])
-    first_page = pieces.page_start_J1[:-1][piece] + begin // page
-    pages = np.maximum(-(-(end - begin) // page), 0)
-    entry = ranges(pieces.row_start_J1[:-1][piece], count[piece])
-    part = np.repeat(np.arange(len(piece)), count[piece])
-    out = Pieces(
-        page_C=pieces.page_C[ranges(first_page, pages)],
-        page_start_J1=prefix_sum(pages),
-        base_J=pieces.base_J[piece] + begin,
-        row_start_J1=prefix_sum(count[piece]),
-        row_E=pieces.row_E[entry],
-        first_E=np.maximum(pieces.first_E[entry] - begin[part], 0),
-        limit_E=np.minimum(pieces.limit_E[entry], end[part]) - begin[part],
-    )
-    return out.keep(out.limit_E > out.first_E)
-
-
 @dataclass(frozen=True, eq=False)
 class PiecePlan:
-    """What the kernels read. ``entry_E`` None: entry e is row e, so the parts are the result and nothing is merged."""
+    """What the kernels read: pieces, cut into chunks and given to workers."""
 
-    work: PieceWork
     pieces: Pieces
-    entry_start_T1: Tensor | None
-    entry_E: Tensor | None
+    schedule: Schedule
 
     def attend(
         self, q_THD: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """``(out_THD, lse_TH)`` of all rows; a row without entries gets 0 and -inf."""
-        out, lse = attend_pieces(q_THD, k_NGPD, v_NGPD, self.work, scale, softcap)
-        if self.entry_E is None or self.entry_start_T1 is None:
-            return out, lse
-        return merge(out, lse, self.entry_start_T1, self.entry_E)
+        return self.schedule.run(q_THD, k_NGPD, v_NGPD, scale, softcap)
 
-    def moved(self, limit_T: Ints, window: int | None, page: int) -> PiecePlan:
-        """The same pieces for rows that now see the tokens [limit - window, limit).
+    def moved(self, limit_T: Ints, window: int | None) -> PiecePlan:
+        """The same plan for rows that now see the tokens [limit - window, limit).
 
         Right as long as no sequence has more pages than when the pieces were made.
         """
-        pieces = self.pieces
-        piece = pieces.piece_of_entry()
-        limit = limit_T[pieces.row_E] - pieces.base_J[piece]
-        first = pieces.first_E if window is None else np.maximum(limit - window, 0)
-        limit = np.minimum(limit, np.diff(pieces.page_start_J1)[piece] * page)
-        work = replace(self.work, first_E=_int32(first), limit_E=_int32(limit), cache={})
-        return replace(self, work=work)
+        return replace(self, schedule=self.schedule.moved(limit_T, window))
 
 
-def _int32(values: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, np.int32))
-
-
-def finish(pieces: Pieces, rows: int) -> PiecePlan:
-    """Make the kernels' tensors; ``rows`` is T."""
-    work = PieceWork(
-        page_C=_int32(pieces.page_C),
-        page_start_J1=_int32(pieces.page_start_J1),
-        row_start_J1=_int32(pieces.row_start_J1),
-        row_E=_int32(pieces.row_E),
-        first_E=_int32(pieces.first_E),
-        limit_E=_int32(pieces.limit_E),
+def finish(
+    pieces: Pieces,
+    rows: int,
+    page: int,
+    heads: int,
+    kv_heads: int,
+    workers: int,
+    *,
+    min_chunk: int | None = None,
+    tile: int = MAX_TILE,
+) -> PiecePlan:
+    """Plan the pieces of ``rows`` query rows for ``workers``: see `hasten.kernels.schedule`."""
+    schedule = Schedule(
+        pieces.page_C,
+        pieces.page_start_J1,
+        pieces.base_J,
+        pieces.row_start_J1,
+        pieces.row_E,
+        pieces.first_E,
+        pieces.limit_E,
+        page_size=page,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        workers=workers,
+        min_chunk=MIN_CHUNK if min_chunk is None else min_chunk,
+        tile=tile,
     )
-    if len(pieces.row_E) == rows and (pieces.row_E == np.arange(rows)).all():
-        return PiecePlan(work, pieces, None, None)
-    order = np.argsort(pieces.row_E, kind="stable")
-    start = prefix_sum(np.bincount(pieces.row_E, minlength=rows))
-    return PiecePlan(work, pieces, _int32(start), _int32(order))
+    return PiecePlan(pieces, schedule)

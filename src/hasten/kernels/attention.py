@@ -72,7 +72,7 @@ def index_array(name: str, value: Tensor, dims: int) -> Any:
     return value.numpy()
 
 
-def _float_rows(name: str, value: Tensor) -> tuple[int, int, int]:
+def float_rows(name: str, value: Tensor) -> tuple[int, int, int]:
     """Shape of a contiguous float32 [rows, heads, size] tensor."""
     if value.dtype is not torch.float32:
         raise TypeError(f"{name} must be float32, not {value.dtype}")
@@ -82,7 +82,7 @@ def _float_rows(name: str, value: Tensor) -> tuple[int, int, int]:
     return rows, heads, size
 
 
-def _pages(q: Tensor, k_NGPD: Tensor, v_NGPD: Tensor) -> tuple[int, int, int, bool]:
+def pages_of(q: Tensor, k_NGPD: Tensor, v_NGPD: Tensor) -> tuple[int, int, int, bool]:
     """(pages, kv heads, page size, bf16) of a pool that fits the queries."""
     if k_NGPD.dtype is not v_NGPD.dtype or k_NGPD.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"pages must be float32 or bfloat16, not {k_NGPD.dtype} and {v_NGPD.dtype}")
@@ -100,7 +100,7 @@ def _pages(q: Tensor, k_NGPD: Tensor, v_NGPD: Tensor) -> tuple[int, int, int, bo
     return pages, groups, page, k_NGPD.dtype is torch.bfloat16
 
 
-def _cap(softcap: float | None) -> float:
+def cap_of(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
     if not softcap > 0:
@@ -128,8 +128,8 @@ def attend_pieces(
     pool, or a limit past a piece's pages.
     """
     lib = native() if module is None else module
-    rows, heads, size = _float_rows("q_THD", q_THD)
-    pages, groups, page, bf16 = _pages(q_THD, k_NGPD, v_NGPD)
+    rows, heads, size = float_rows("q_THD", q_THD)
+    pages, groups, page, bf16 = pages_of(q_THD, k_NGPD, v_NGPD)
     entries = work.entries
     out = torch.empty((entries, heads, size))
     lse = torch.empty((entries, heads))
@@ -148,7 +148,7 @@ def attend_pieces(
         page,
         bf16,
         scale,
-        _cap(softcap),
+        cap_of(softcap),
     )
     return out, lse
 
@@ -170,7 +170,7 @@ def merge(
     Raises TypeError for a wrong dtype and ValueError for shapes or indices that do not fit.
     """
     lib = native() if module is None else module
-    entries, heads, size = _float_rows("out_EHD", out_EHD)
+    entries, heads, size = float_rows("out_EHD", out_EHD)
     if lse_EH.dtype is not torch.float32:
         raise TypeError(f"lse_EH must be float32, not {lse_EH.dtype}")
     if lse_EH.shape != (entries, heads) or not lse_EH.is_contiguous():
@@ -215,8 +215,8 @@ def attend_tokens(
     Raises TypeError for a wrong dtype and ValueError for shapes that do not fit or a token that has no page.
     """
     lib = native() if module is None else module
-    rows, heads, size = _float_rows("q_RHD", q_RHD)
-    pages, groups, page, bf16 = _pages(q_RHD, k_NGPD, v_NGPD)
+    rows, heads, size = float_rows("q_RHD", q_RHD)
+    pages, groups, page, bf16 = pages_of(q_RHD, k_NGPD, v_NGPD)
     if page_table_RM.shape[0] != rows:
         raise ValueError(f"page_table_RM has {page_table_RM.shape[0]} rows, q_RHD {rows}")
     out = torch.empty((rows, heads, size))
@@ -237,6 +237,6 @@ def attend_tokens(
         page,
         bf16,
         scale,
-        _cap(softcap),
+        cap_of(softcap),
     )
     return out, lse

@@ -1,7 +1,7 @@
 """Decoder layers and whole stacks of them on packed weights: a few native calls instead of some twenty per layer.
 
 `Block` is one layer (hasten.models.decoder.DecoderLayer is the definition), cut where attention comes in between;
-`Stack` runs all layers of a step at once when every layer reads what a work list says.
+`Stack` runs all layers of a step at once when every layer reads what a schedule says.
 
 Legend: T rows, E hidden size, I inner size of the MLP, H query heads, G kv heads, D head size, W = (H + 2 G) D,
 R rotated dimensions, N pages, P page size.
@@ -14,17 +14,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.kernels.attention import PieceWork, index_array
 from hasten.kernels.native import native
 from hasten.kernels.packed import Packed, address
+from hasten.kernels.schedule import Schedule
 
 __all__ = ["Block", "Norms", "Reading", "Stack", "gated", "rms_norm"]
-
-_NONE = np.zeros(0, np.int32)
 
 
 def _rows(name: str, value: Tensor, width: int) -> int:
@@ -149,13 +146,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the layers of one kind read in a step: `attend_pieces` with ``work``, then `merge` if there are joins."""
+    """What the layers of one kind read in a step."""
 
-    work: PieceWork
+    schedule: Schedule
     scale: float
     softcap: float | None
-    entry_start_T1: Tensor | None
-    entry_E: Tensor | None
 
 
 class Stack:
@@ -214,18 +209,9 @@ class Stack:
             ropes.append((cos, address("sin_TR", sin_TR, shape, torch.float32), shape[1]))
         reads = []
         for reading in readings:
-            start, entry = reading.entry_start_T1, reading.entry_E
             if reading.softcap is not None and not reading.softcap > 0:
                 raise ValueError(f"softcap must be positive, not {reading.softcap}")
-            reads.append(
-                (
-                    reading.work.handle(self.page, self.module),
-                    reading.scale,
-                    reading.softcap or 0.0,
-                    _NONE if start is None else index_array("entry_start_T1", start, 1),
-                    _NONE if entry is None else index_array("entry_E", entry, 1),
-                )
-            )
+            reads.append((reading.schedule.handle, reading.scale, reading.softcap or 0.0))
         if slot_T.dtype is not torch.int64 or slot_T.dim() != 1 or not slot_T.is_contiguous():
             raise ValueError(f"slot_T must be contiguous int64 [T], not {slot_T.dtype} {tuple(slot_T.shape)}")
         self.module.stack_step(self._handle, x_TE.data_ptr(), rows, slot_T.numpy(), ropes, reads)

@@ -90,7 +90,7 @@ def native_layers(decoder: Decoder) -> tuple[NativeLayer, ...] | None:
 
 
 class NativeStack:
-    """A whole step of a decoder in one native call: plain pages, every layer reading what a work list says."""
+    """A whole step of a decoder in one native call: plain pages, every layer reading what a schedule says."""
 
     def __init__(self, decoder: Decoder, layers: Sequence[NativeLayer], format: KVFormat) -> None:
         config, count = decoder.config, decoder.config.num_layers

@@ -274,7 +274,7 @@ class _Step:
     # -- attention ----------------------------------------------------------------------------------------------
 
     def run_stack(self, native: NativeStack, x_TE: Tensor) -> bool:
-        """Run all layers on ``x_TE`` in place, if each of them only reads what a work list says; whether it did."""
+        """Run all layers on ``x_TE`` in place, if each of them only reads what a schedule says; whether it did."""
         if self.lack_LS is not None:
             return False
         plan = self._plan(self.layout)
@@ -284,7 +284,7 @@ class _Step:
             part = self.kernel.reading(plan, spec)
             if part is None:
                 return False
-            readings.append(Reading(part.work, spec.scale, spec.softcap, part.entry_start_T1, part.entry_E))
+            readings.append(Reading(part.schedule, spec.scale, spec.softcap))
         tables = [self._rope(layer, self.layout) for layer in native.rope_layers]
         native.stack.step(x_TE, self.layout.slot_T, tables, readings)
         return True
