@@ -22,7 +22,7 @@ namespace hasten {
 namespace attend {
 
 // Measured by `python -m benchmarks.flashinfer --calibrate` on one core of an AMD Zen 3, head size 64, bfloat16 pages.
-const Costs kCosts{60.0f, 4.0f, 14.0f, 60.0f, 24.0f, 26.0f};
+const Costs kCosts{30.0f, 3.0f, 15.0f, 90.0f, 30.0f, 22.0f};
 
 namespace {
 
@@ -34,13 +34,24 @@ struct Tile {
   int piece, begin, end, low, high;
 };
 
+// Rows per tile of a piece of `rows`: tiles of the vector path (one or two passes over keys where they lie) or of the packed
+// path, whichever reads the piece at less cost. A tile is a bound: rows are cut evenly, and none is padded.
+int rows_per_tile(int rows, const Request& request) {
+  const int repeat = request.repeat, packed = std::max(1, request.tile / repeat), few = std::max(1, 6 / repeat);
+  if (repeat > kFew || rows <= few) return packed;
+  auto cost = [&](int most) {
+    const int tiles = (rows + most - 1) / most;
+    return static_cast<float>(tiles) * request.costs.per_token((rows + tiles - 1) / tiles * repeat);
+  };
+  return cost(few) < cost(packed) ? few : packed;
+}
+
 std::vector<Tile> cut_rows(const Lists& lists, const std::int32_t* first, const std::int32_t* limit,
                            const Request& request) {
   std::vector<Tile> tiles;
-  const int most = std::max(1, request.tile / request.repeat);
   for (int j = 0; j < lists.pieces(); ++j) {
     const int start = lists.row_start[j], rows = lists.row_start[j + 1] - start;
-    const int blocks = (rows + most - 1) / most;
+    const int most = rows_per_tile(rows, request), blocks = (rows + most - 1) / most;
     for (int b = 0; b < blocks; ++b) {
       Tile t{j, start + static_cast<int>(static_cast<std::int64_t>(rows) * b / blocks),
              start + static_cast<int>(static_cast<std::int64_t>(rows) * (b + 1) / blocks), INT32_MAX, 0};

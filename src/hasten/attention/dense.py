@@ -40,7 +40,7 @@ class DensePlan:
     """Work of one step: its rows, its pieces, and the balanced lists made so far.
 
     earlier: lists of earlier steps with the same pages; only their limits are out of date.
-    tables: page tables of sparse rows.
+    tables: page tables of sparse rows. workers: virtual workers to plan for; None for the default.
     """
 
     rows: Rows
@@ -48,13 +48,14 @@ class DensePlan:
     parts: dict[Hashable, PiecePlan] = field(default_factory=dict)
     earlier: dict[Hashable, PiecePlan] = field(default_factory=dict)
     tables: dict[bytes, Tensor] = field(default_factory=dict)
+    workers: int | None = None
 
     def after(self, rows: Rows) -> DensePlan:
         """The plan of a later step whose rows read the same pages."""
         limit = rows.limit_T[self.pieces.row_E] - self.pieces.base_J[self.pieces.piece_of_entry()]
         capacity = (np.diff(self.pieces.page_start_J1) * rows.page)[self.pieces.piece_of_entry()]
         pieces = replace(self.pieces, limit_E=np.minimum(limit, capacity))
-        return DensePlan(rows, pieces, earlier=self.earlier | self.parts, tables=self.tables)
+        return DensePlan(rows, pieces, {}, self.earlier | self.parts, self.tables, self.workers)
 
     @property
     def count(self) -> int:
@@ -62,7 +63,7 @@ class DensePlan:
 
     def part(self, spec: AttentionSpec, sparse: bytes = b"") -> PiecePlan:
         """The balanced piece list for ``spec`` without the rows ``sparse`` (int64 bytes)."""
-        heads, kv_heads, workers = spec.shape.heads, spec.shape.kv_heads, default_workers()
+        heads, kv_heads, workers = spec.shape.heads, spec.shape.kv_heads, self.workers or default_workers()
         key = (heads, kv_heads, spec.window, workers, sparse)
         found = self.parts.get(key)
         if found is None and (old := self.earlier.get(key)) is not None:
@@ -79,6 +80,7 @@ class DensePlan:
 class DenseKernel(AttentionKernel):
     """One piece per sequence, cut over the context when there are fewer sequences than work for the threads."""
 
+    workers: int | None = None  # virtual workers to plan for; None for the default
     _last: tuple[tuple[int, ...], DensePlan] | None = None
 
     def plan(self, layout: StepLayout) -> DensePlan:
@@ -87,7 +89,7 @@ class DenseKernel(AttentionKernel):
         if last is not None and last[0] == layout.sequence_ids and rows.same_pages(last[1].rows):
             plan = last[1].after(rows)
         else:
-            plan = DensePlan(rows, self.pieces(rows, layout))
+            plan = DensePlan(rows, self.pieces(rows, layout), workers=self.workers)
         self._last = (layout.sequence_ids, plan)
         return plan
 

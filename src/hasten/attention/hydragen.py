@@ -16,7 +16,7 @@ Legend: S sequences, T rows, M pages per sequence, I nodes, Z (node, member) pai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,19 @@ class Hydragen(Technique):
 
     def provide(self, slot: str, context: BuildContext) -> AttentionKernel:
         return HydragenKernel(self)
+
+
+class TreeSettings(Protocol):
+    """What `HydragenKernel` asks of a technique."""
+
+    @property
+    def min_prefix(self) -> int: ...
+
+    @property
+    def min_sharers(self) -> int: ...
+
+    @property
+    def max_levels(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +184,7 @@ class HydragenKernel(DenseKernel):
     changes from step to step are lengths, which only the suffix pieces see.
     """
 
-    def __init__(self, settings: Hydragen) -> None:
+    def __init__(self, settings: TreeSettings) -> None:
         self.settings = settings
         self._known: _Known | None = None
         self.rebuilt = 0  # how often the tree was made anew

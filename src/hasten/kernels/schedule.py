@@ -1,8 +1,8 @@
 """A step's attention, planned once and run per layer: which worker reads which chunk, and how the parts are joined.
 
-The scheduler is FlashInfer's (Ye et al., arXiv 2501.01005, section 3.3.1), see native/src/kernels/flashinfer_plan.cpp. A
-schedule belongs to a list of pieces (see `PieceWork`), to head counts and to a number of workers; what it computes does
-not depend on how many threads run it.
+The scheduler is FlashInfer's (Ye et al., arXiv 2501.01005, section 3.3.1); see native/src/kernels/flashinfer_plan.cpp.
+A schedule belongs to a list of pieces (see `PieceWork`), to head counts and to a number of workers; what it computes
+does not depend on how many threads run it.
 
 Legend: T query rows, H query heads, G kv heads, D head size, N pages, P page size, J pieces, E entries, C page
 references, W workers, K tasks, U workspace slots, R rows in several parts.
@@ -44,8 +44,8 @@ def default_workers() -> int:
 class ScheduleFacts:
     """What a schedule decided, for tests and reports. All int64 but the costs.
 
-    task_K7: piece, first entry, end entry, kv head, first token, end token, workspace slot (-1: written through) of each
-        task, worker by worker. worker_start_W1 cuts it. cost_K and load_W: the cost model's nanoseconds.
+    task_K7: piece, first entry, end entry, kv head, first token, end token and workspace slot (-1: written through)
+        of each task, worker by worker. worker_start_W1 cuts it. cost_K and load_W: the cost model's nanoseconds.
     part_row_R, part_start_R1, part_slot: rows that are joined and the slots of their parts.
     """
 

@@ -3,18 +3,21 @@
 The customisation template of FlashInfer (Ye et al., arXiv 2501.01005, section 3.2.3). A `Variant` names the functors it
 changes; each is the body of a C++ member function with these arguments:
 
-| functor | arguments | does |
-| --- | --- | --- |
-| query_transform | ``float* q, int size, int batch, int qo, int qo_head`` | changes a query vector (before scaling) |
-| key_transform, value_transform | ``float* k`` (``v``), ``int size, int kv, int kv_head`` | changes a key or value as it is read |
-| logits_transform | ``float logit, int batch, int qo, int kv, int qo_head, int kv_head`` | returns the logit |
-| logits_mask | ``int batch, int qo, int kv, int qo_head, int kv_head`` | returns whether the token is seen |
-| update | ``float& m, float& d, int batch, int qo, int qo_head`` | changes maximum and sum, once per row |
-| output_transform | ``float* o, int size, int batch, int qo, int qo_head`` | changes the output vector, after all parts are joined |
+    query_transform(float* q, int size, int batch, int qo, int qo_head)
+        changes a query vector, before it is scaled
+    key_transform(float* k, int size, int kv, int kv_head), value_transform(float* v, ...)
+        changes a key or value as it is read
+    float logits_transform(float logit, int batch, int qo, int kv, int qo_head, int kv_head)
+    bool logits_mask(int batch, int qo, int kv, int qo_head, int kv_head)
+        whether the token is seen
+    update(float& m, float& d, int batch, int qo, int qo_head)
+        changes the maximum and the sum of the softmax, once per row and head
+    output_transform(float* o, int size, int batch, int qo, int qo_head)
+        changes the output vector, after all parts are joined
 
-``qo`` counts the request's query rows of the step, ``kv`` its cached tokens; logits are scaled and natural. Bodies may use the
-extra parameters by name, ``kv_len(batch)``, ``qo_len(batch)``, ``position(batch, qo)`` (a row's absolute position), and
-``exp``, ``tanh``, ``sigmoid``, which vectorise. Without softmax the weights are the transformed logits themselves.
+``qo`` counts the request's query rows of the step, ``kv`` its cached tokens; logits are scaled and natural. Bodies may
+use the extra parameters by name, ``kv_len(batch)``, ``qo_len(batch)``, ``position(batch, qo)`` (a row's absolute
+position), and ``exp``, ``tanh``, ``sigmoid``, which vectorise. Without softmax the weights are the transformed logits.
 
 Legend: T query rows, H query heads, G kv heads, D head size, N pages, P page size, B requests.
 """
@@ -60,30 +63,13 @@ _FUNCTORS = {
     "update": ("on_update", "void", "float& m, float& d, int batch, int qo, int qo_head"),
     "output_transform": ("on_output", "void", "float* o, int size, int batch, int qo, int qo_head"),
 }
-_RESERVED = set(
-    [
-        "q",
-        "k",
-        "v",
-        "o",
-        "m",
-        "d",
-        "size",
-        "batch",
-        "qo",
-        "kv",
-        "qo_head",
-        "kv_head",
-        "logit",
-        "exp",
-        "tanh",
-        "sigmoid",
-        "position",
-        "kv_len",
-        "qo_len",
-        "take",
-    ]
-) | set(_FUNCTORS)
+_HELPERS = {"exp", "tanh", "sigmoid", "position", "kv_len", "qo_len", "take", "use_softmax", "batch_"}
+_RESERVED = {
+    *_HELPERS,
+    *_FUNCTORS,
+    *(flag for flag, _, _ in _FUNCTORS.values()),
+    *(name for _, _, given in _FUNCTORS.values() for name in re.findall(r"(\w+)(?:,|$)", given)),
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +168,7 @@ VANILLA = Variant("vanilla")
 
 @dataclass(frozen=True)
 class Batch:
-    """Which request each query row belongs to (``of_row_T``), where their rows start, and their cached tokens. int32."""
+    """Which request each query row belongs to (``of_row_T``), where their rows start, their cached tokens. int32."""
 
     of_row_T: Tensor
     query_start_B1: Tensor
@@ -196,18 +182,22 @@ def attend(
     k_NGPD: Tensor,
     v_NGPD: Tensor,
     scale: float,
-    batch: Batch,
+    batch: Batch | None,
     softcap: float | None = None,
     **params: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Run a schedule with a variant: ``(out_THD, lse_TH)`` float32; lse is None without softmax.
 
-    ``softcap`` belongs to the prebuilt kernel; a compiled variant caps in its own functor. Raises `UnsupportedError` when the
-    variant has to be compiled and there is no compiler, TypeError and ValueError for inputs that do not fit.
+    ``softcap`` belongs to the prebuilt kernel; a compiled variant caps in its own functor. Raises `UnsupportedError`
+    when the variant has to be compiled and there is no compiler, TypeError and ValueError for inputs that do not fit.
     """
     packed = variant.pack(params)
     if variant.prebuilt:
         return schedule.run(q_THD, k_NGPD, v_NGPD, scale, softcap)
+    if batch is None:
+        raise ValueError(
+            f"variant {variant.name} is compiled: it needs to know which request each row belongs to"
+        )
     if cap_of(softcap):
         raise ValueError(f"variant {variant.name} is compiled: put the soft cap into its logits_transform")
     rows, heads, size = float_rows("q_THD", q_THD)

@@ -1,8 +1,8 @@
 """Compiles generated attention variants and keeps them in hasten's cache folder.
 
 A built variant is named by a hash over its source, the shipped headers, the flags, the compiler's identity and the
-instruction-set level; a change of any of them builds anew. It appears atomically (built under another name, then renamed),
-and a lock keeps processes from building the same one twice.
+instruction-set level; a change of any of them builds anew. It appears atomically (built under another name, then
+renamed), and a lock keeps processes from building the same one twice.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def compiled(name: str, source: str, level: str) -> Compiled:
     tool = compiler()
     if tool is None:
         raise UnsupportedError(
-            f"attention variant {name!r} is compiled when first used, and there is no C++ compiler: `apt-get install g++` "
-            "(plain softmax attention, sliding windows and soft caps need none)"
+            f"attention variant {name!r} is compiled when first used, and there is no C++ compiler: "
+            "`apt-get install g++` (plain softmax attention, sliding windows and soft caps need none)"
         )
     headers, include = _headers()
     command = [tool[0], *flags(level), f"-I{include}"]
@@ -143,5 +143,5 @@ def _load(path: Path) -> Compiled | None:
     except (OSError, AttributeError):
         path.unlink(missing_ok=True)
         return None
-    assert addresses[0] and addresses[1]
-    return Compiled(path, library, addresses[0], addresses[1], size)
+    worker, join = (int(address or 0) for address in addresses)
+    return Compiled(path, library, worker, join, size)

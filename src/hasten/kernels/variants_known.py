@@ -16,8 +16,8 @@ ALIBI = Variant(
     params={"slopes": "float*"},
 )
 
-# A bit per (query row, cached token), lowest bit first: token trees. bits uint8, start int64 [B]: where a request's bits
-# begin (in bits), row by row of kv_len bits.
+# A bit per (query row, cached token), lowest bit first: token trees. bits uint8; start int64 [B]: where a request's
+# bits begin (counted in bits), row by row of kv_len bits.
 MASK = Variant(
     "mask",
     logits_mask="""
@@ -46,8 +46,8 @@ SINKS = Variant(
     params={"sinks": "float*"},
 )
 
-# Rotary embedding on read: keys are cached as they were, and turned by their place among the tokens that are read (half-split
-# pairs; RoFormer, arXiv 2104.09864). StreamingLLM re-indexes its window this way.
+# Rotary embedding on read: keys are cached as they were, and turned by their place among the tokens that are read
+# (half-split pairs; RoFormer, arXiv 2104.09864). StreamingLLM re-indexes its window this way.
 # cos, sin: float32 [positions, D / 2].
 _ROTATE = """
       const int half = size / 2;
