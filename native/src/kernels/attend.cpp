@@ -48,7 +48,7 @@ void attend_pieces(nb::capsule handle, std::uintptr_t q, std::uintptr_t k, std::
   auto& plan = w.plans[{heads / groups, groups, workers}];
   if (!plan)
     plan = make_plan(*w.lists, w.first.data(), w.limit.data(),
-                     {w.entries(), heads / groups, groups, workers, INT32_MAX, kBlock, true, kCosts});
+                     {w.entries(), heads / groups, groups, workers, INT32_MAX, kBlock, true, false, kCosts});
   nb::gil_scoped_release release;
   run(w.view(), *plan, c, bf16);
 }

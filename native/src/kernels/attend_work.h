@@ -62,10 +62,11 @@ struct Work {
   }
 };
 
-// The scheduler; see flashinfer_plan.cpp. Without `rows` every entry is a part of its own and nothing is cut.
+// The scheduler; see flashinfer_plan.cpp. entries: every entry is a part of its own and nothing is cut. fixed: the static
+// schedule that others are compared with, tasks in the order of the lists, as many for each worker, nothing cut.
 struct Request {
   int rows, repeat, groups, workers, min_chunk, tile;
-  bool entries;
+  bool entries, fixed;
   Costs costs;
 };
 std::shared_ptr<const Plan> make_plan(const Lists& lists, const std::int32_t* first, const std::int32_t* limit,

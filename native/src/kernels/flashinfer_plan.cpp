@@ -97,7 +97,8 @@ double assign(const std::vector<Task>& units, const Request& request, Plan& plan
   const int count = static_cast<int>(units.size()), workers = request.workers;
   std::vector<int> order(count);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return units[a].cost > units[b].cost; });
+  if (!request.fixed)
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return units[a].cost > units[b].cost; });
   using Load = std::pair<double, int>;
   std::priority_queue<Load, std::vector<Load>, std::greater<Load>> heap;
   for (int w = 0; w < workers; ++w) heap.push({0.0, w});
@@ -106,11 +107,12 @@ double assign(const std::vector<Task>& units, const Request& request, Plan& plan
   plan.load.assign(workers, 0.0);
   for (int i = 0; i < count; ++i)
     for (int g = 0; g < request.groups; ++g) {
-      const auto [load, w] = heap.top();
+      const std::size_t task = static_cast<std::size_t>(i) * request.groups + g;
+      const int w = request.fixed ? static_cast<int>(task * workers / worker.size()) : heap.top().second;
       heap.pop();
-      worker[static_cast<std::size_t>(i) * request.groups + g] = w;
+      worker[task] = w;
       ++plan.worker_start[w + 1];
-      plan.load[w] = load + units[order[i]].cost;
+      plan.load[w] += units[order[i]].cost;
       heap.push({plan.load[w], w});
     }
   std::partial_sum(plan.worker_start.begin(), plan.worker_start.end(), plan.worker_start.begin());
@@ -184,7 +186,7 @@ std::shared_ptr<const Plan> make_plan(const Lists& lists, const std::int32_t* fi
   total *= request.groups, plan->vectors *= request.groups;
   std::vector<Task> units, kept;
   double best = INFINITY;
-  const bool whole = request.entries || request.workers == 1;
+  const bool whole = request.entries || request.fixed || request.workers == 1;
   for (double round : kRounds) {
     const double share = whole ? 0 : total / (request.workers * round);
     cut_tokens(tiles, request, share, lists.page_size, units);
@@ -217,7 +219,7 @@ std::vector<std::int32_t> narrow(const Longs& x, const char* message) {
 
 nb::capsule attend_schedule(Longs page, Longs page_start, Longs base, Longs row_start, Longs row, Longs first,
                             Longs limit, int page_size, int rows, int heads, int groups, int workers, int min_chunk,
-                            int tile, const std::vector<float>& costs) {
+                            int tile, bool balanced, const std::vector<float>& costs) {
   auto lists = std::make_shared<Lists>();
   auto w = std::make_unique<Work>();
   lists->page = narrow(page, "page_C is too large"), lists->page_start = narrow(page_start, "page_start_J1 is too large");
@@ -235,7 +237,7 @@ nb::capsule attend_schedule(Longs page, Longs page_start, Longs base, Longs row_
   require(lists->top_row < rows, "row_E names a row past the last");
   const Costs c = costs.empty() ? kCosts : Costs{costs[0], costs[1], costs[2], costs[3], costs[4], costs[5]};
   w->plan = make_plan(*lists, w->first.data(), w->limit.data(),
-                      {rows, heads / groups, groups, workers, min_chunk, tile, false, c});
+                      {rows, heads / groups, groups, workers, min_chunk, tile, false, !balanced, c});
   w->lists = std::move(lists);
   return wrap(std::move(w), kSchedule);
 }

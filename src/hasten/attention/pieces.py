@@ -179,6 +179,7 @@ def finish(
     *,
     min_chunk: int | None = None,
     tile: int = MAX_TILE,
+    balanced: bool = True,
 ) -> PiecePlan:
     """Plan the pieces of ``rows`` query rows for ``workers``: see `hasten.kernels.schedule`."""
     schedule = Schedule(
@@ -196,5 +197,6 @@ def finish(
         workers=workers,
         min_chunk=MIN_CHUNK if min_chunk is None else min_chunk,
         tile=tile,
+        balanced=balanced,
     )
     return PiecePlan(pieces, schedule)

@@ -71,7 +71,9 @@ class Schedule:
     """The plan of one list of pieces.
 
     page_C, page_start_J1, base_J, row_start_J1, row_E, first_E, limit_E: int64, see `hasten.attention.pieces.Pieces`.
-    rows: T. costs: the six constants of the cost model (see `Costs` in attend_work.h); empty for the calibrated ones.
+    rows: T. balanced=False: the static schedule that others are compared with (tasks in order, as many for each
+    worker, nothing cut). costs: the six constants of the cost model (`Costs` in attend_work.h); empty for the
+    calibrated ones.
     Raises ValueError for lists that do not fit each other.
     """
 
@@ -94,6 +96,7 @@ class Schedule:
         workers: int,
         min_chunk: int = MIN_CHUNK,
         tile: int = MAX_TILE,
+        balanced: bool = True,
         costs: Sequence[float] = (),
         module: ModuleType | None = None,
     ) -> None:
@@ -110,6 +113,7 @@ class Schedule:
             workers,
             min_chunk,
             tile,
+            balanced,
             list(costs),
         )
 
