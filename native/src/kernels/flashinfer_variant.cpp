@@ -17,7 +17,8 @@ void schedule_run_variant(const nb::capsule& handle, std::uintptr_t worker_addre
   const Work& w = unwrap_work(handle, kSchedule);
   const Plan& plan = *w.plan;
   check_schedule(w, rows, heads, groups, pages, page);
-  require(call_size == static_cast<std::int64_t>(sizeof(VariantCall)), "the variant was built for another version of the kernels");
+  require(call_size == static_cast<std::int64_t>(sizeof(VariantCall)),
+          "the variant was built for another version of the kernels");
   const int batch = static_cast<int>(length.shape(0));
   require(static_cast<int>(of_row.shape(0)) == rows, "batch_T must have an entry per query row");
   require(static_cast<int>(query_start.shape(0)) == batch + 1, "query_start_B1 must have one entry more than length_B");
@@ -53,7 +54,10 @@ void schedule_run_variant(const nb::capsule& handle, std::uintptr_t worker_addre
   for (int i = 0; i < joins; ++i) join_row(&c, i);
 }
 
-HASTEN_KERNELS(m) { m.def("schedule_run_variant", &schedule_run_variant); }
+HASTEN_KERNELS(m) {
+  m.def("schedule_run_variant", &schedule_run_variant);
+  m.attr("variant_call_size") = sizeof(VariantCall);
+}
 
 }  // namespace
 }  // namespace hasten

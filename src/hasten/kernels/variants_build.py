@@ -125,14 +125,21 @@ def _build(name: str, source: str, command: list[str], path: Path) -> None:
         if done.returncode:
             said = "\n".join(done.stderr.strip().splitlines()[:12])
             raise CompileError(f"attention variant {name!r} does not compile:\n{said}")
+        path.with_suffix(".sha256").write_text(_digest(Path(building)))
         os.replace(building, path)
     finally:
         Path(building).unlink(missing_ok=True)
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _load(path: Path) -> Compiled | None:
-    """The library at ``path``; None when it is damaged (it is built again)."""
+    """The library at ``path``; None when it is damaged (loading half a library may crash; it is built again)."""
     try:
+        if path.with_suffix(".sha256").read_text() != _digest(path):
+            return None
         library = ctypes.CDLL(str(path))
         library.hasten_variant_size.restype = ctypes.c_int64
         size = int(library.hasten_variant_size())
@@ -140,8 +147,7 @@ def _load(path: Path) -> Compiled | None:
             ctypes.cast(getattr(library, f"hasten_variant_{part}"), ctypes.c_void_p).value
             for part in ("worker", "join")
         ]
-    except (OSError, AttributeError):
-        path.unlink(missing_ok=True)
+    except (OSError, AttributeError, UnicodeDecodeError):
         return None
     worker, join = (int(address or 0) for address in addresses)
     return Compiled(path, library, worker, join, size)
