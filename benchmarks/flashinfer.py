@@ -218,13 +218,13 @@ def plan(loaded: Any, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     return out
 
 
-def serving(model: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
+def serving(model: str, dtype: str, rounds: int, count: int, longest: int) -> list[dict[str, Any]]:
     """The engine's own clock: time passes only while steps run, so that all arms see the same arrivals."""
-    rng, count, out = np.random.default_rng(0), 10, []
+    rng, out = np.random.default_rng(0), []
     kinds = {
-        "constant": [512] * count,
-        "uniform": [int(n) for n in rng.integers(256, 1025, count)],
-        "zipf": zipf(count, 64, 3000),
+        "constant": [longest // 2] * count,
+        "uniform": [int(n) for n in rng.integers(longest // 4, longest + 1, count)],
+        "zipf": zipf(count, 32, 2 * longest),
     }
     llm = LLM(model, dtype=dtype, prefix_cache=False, max_batch=count, threads=torch.get_num_threads())
     arms: dict[str, AttentionKernel] = {
@@ -258,7 +258,7 @@ def serving(model: str, dtype: str, rounds: int) -> list[dict[str, Any]]:
 
 def _trace(llm: LLM, prompts: list[list[int]], arrival: list[float]) -> tuple[float, float]:
     """Median seconds between tokens and to the first token."""
-    engine, params = llm.engine, SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+    engine, params = llm.engine, SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
     clock, i, came = 0.0, 0, set[int]()
     last: dict[int, float] = {}
     gaps, firsts = [], []
@@ -390,6 +390,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(usable_cpus()))
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--weights", default="auto", help="dtype of the model's plan")
+    parser.add_argument("--requests", type=int, default=6, help="of a serving trace")
+    parser.add_argument(
+        "--longest", type=int, default=512, help="prompt tokens of a serving trace (zipf: twice)"
+    )
     parser.add_argument("--calibrate", action="store_true", help="measure the cost model's constants instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -412,7 +416,9 @@ def main() -> None:
             elif case == "plan":
                 report[case] = plan(loaded, dtype, args.rounds)
             elif case == "serving":
-                report[case] = serving(args.model, args.weights, max(6, args.rounds // 2))
+                report[case] = serving(
+                    args.model, args.weights, max(6, args.rounds // 2), args.requests, args.longest
+                )
             elif case == "streaming":
                 report[case] = streaming(dtype, args.rounds)
             else:

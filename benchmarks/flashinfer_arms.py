@@ -19,6 +19,7 @@ from hasten.attention.flashinfer_format import BlockSparse
 from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import AttentionSpec, HeadShape, KVPages, StepLayout
 from hasten.attention.pieces import PiecePlan, Pieces, Rows, finish, join, sequence_pieces, windowed
+from hasten.kernels.rope import rope_append
 from hasten.kernels.variants_known import ROPE
 
 
@@ -103,7 +104,12 @@ class Static(AttentionKernel):
         repeat, groups = spec.shape.heads // spec.shape.kv_heads, spec.shape.kv_heads
         if self.packed:
             return part.attend(q_THD.contiguous(), pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)[0]
-        q = q_THD.reshape(rows, groups, repeat, -1).transpose(1, 2).reshape(rows * repeat, groups, -1)
+        q = (
+            q_THD.reshape(rows, groups, repeat, -1)
+            .transpose(1, 2)
+            .reshape(rows * repeat, groups, -1)
+            .contiguous()
+        )
         out, _ = part.attend(q, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)
         return out.view(rows, repeat, groups, -1).transpose(1, 2).reshape(q_THD.shape)
 
@@ -154,9 +160,17 @@ class Streaming:
         angle = torch.arange(window)[:, None] / 10000.0 ** (torch.arange(self.half) / self.half)
         self.cos, self.sin = torch.cos(angle), torch.sin(angle)
         self.at = torch.from_numpy(ids.ravel())
-        by_page = (count, 1, page, self.half)
-        self.by_page = [x.view(by_page).repeat(batch, 1, 1, 1) for x in (self.cos, self.sin)]
-        self.turned = torch.zeros_like(self.pool[0].k_NGPD)
+        # The pass over the window is native too: keys of a page's head are rows of a pool with one head.
+        groups, slots = self.shape.kv_heads, batch * (count + 4) * self.shape.kv_heads
+        self.one_head = (slots, 1, page, self.shape.size)
+        head = (self.at[:, None] * groups + torch.arange(groups)).reshape(-1, 1)
+        self.slot = (head * page + torch.arange(page)).reshape(-1)
+        whole = [torch.cat((x, x), 1).view(count, 1, page, -1) for x in (self.cos, self.sin)]
+        self.rows = [
+            x.expand(-1, groups, -1, -1).repeat(batch, 1, 1, 1).reshape(-1, 2 * self.half) for x in whole
+        ]
+        self.turned, self.unused = (torch.zeros_like(self.pool[0].k_NGPD) for _ in range(2))
+        self.none = torch.zeros(len(self.slot), 0, self.shape.size)
         self.q = torch.randn(batch, self.shape.heads, self.shape.size)
 
     def fused(self) -> list[Tensor]:
@@ -169,8 +183,9 @@ class Streaming:
     def separate(self) -> list[Tensor]:
         scale, half, out = self.shape.size**-0.5, self.half, []
         for pages in self.pool:
-            k = pages.k_NGPD[self.at].float()
-            self.turned[self.at] = _turn(k, *self.by_page, half).to(self.turned.dtype)
+            k = pages.k_NGPD[self.at].float().view(-1, 1, self.shape.size)
+            pools = (self.turned.view(self.one_head), self.unused.view(self.one_head))
+            rope_append(self.none, k, k, *self.rows, self.slot, *pools)
             q = _turn(self.q, self.cos[-1], self.sin[-1], half)
             out.append(self.attention.run(q, KVPages(self.turned, pages.v_NGPD), scale)[0])
         return out

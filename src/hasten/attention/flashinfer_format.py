@@ -28,7 +28,8 @@ def _ints(name: str, values: npt.ArrayLike) -> Ints:
     out = np.asarray(values)
     if out.ndim != 1 or (out.size and out.dtype.kind not in "iu"):
         raise ValueError(f"{name} must be a list of integers, not {out.dtype} of shape {out.shape}")
-    return out.astype(np.int64)
+    integers: Ints = out.astype(np.int64)
+    return integers
 
 
 def _starts(name: str, values: Ints, end: int, what: str) -> None:
@@ -86,7 +87,7 @@ class BlockSparse:
     @property
     def kv_len_B(self) -> Ints:
         """Tokens that each block reads."""
-        full = np.maximum(np.diff(self.kv_indptr_B1) - 1, 0) * self.page_size
+        full: Ints = np.maximum(np.diff(self.kv_indptr_B1) - 1, 0) * self.page_size
         return full + self.last_page_len_B
 
     @classmethod
@@ -100,7 +101,7 @@ class BlockSparse:
         return cls(
             rows.start_S1,
             prefix_sum(pages),
-            rows.table_SM.reshape(-1)[at],
+            rows.table_SM.reshape(-1)[at].astype(np.int64),
             rows.length_S - base - np.maximum(pages - 1, 0) * rows.page,
             rows.page,
             base_B=base,
@@ -160,7 +161,7 @@ def _level(rows: Rows, tree: PrefixTree, node: Ints) -> BlockSparse:
     return BlockSparse(
         prefix_sum(count)[prefix_sum(size)],
         prefix_sum(pages),
-        rows.table_SM.reshape(-1)[at],
+        rows.table_SM.reshape(-1)[at].astype(np.int64),
         np.full(len(node), rows.page),
         rows.page,
         causal=False,

@@ -147,7 +147,7 @@ class Variant:
                 f"variant {self.name} takes the parameters {sorted(self.params) or 'none'}, not {sorted(given)}"
             )
         kinds = [(name, _SCALARS.get(kind, ctypes.c_void_p)) for name, kind in self.params.items()]
-        packed = type("Params", (ctypes.Structure,), {"_fields_": kinds})()
+        packed: ctypes.Structure = type("Params", (ctypes.Structure,), {"_fields_": kinds})()
         for name, kind in self.params.items():
             value = given[name]
             if kind in _SCALARS:
