@@ -90,6 +90,11 @@ class Variant:
     output_transform: str = ""
     use_softmax: bool = True
     params: Mapping[str, str] = field(default_factory=dict)
+    # What a layer's call would otherwise make again: the parameters' structure, and what was built.
+    _structure: Any = field(init=False, repr=False, compare=False)
+    _built: dict[tuple[torch.dtype, str], Compiled] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
@@ -104,6 +109,8 @@ class Variant:
                 )
         if not self.use_softmax and self.update:
             raise ValueError(f"variant {self.name}: without softmax there is no maximum and sum to update")
+        kinds = [(name, _SCALARS.get(kind, ctypes.c_void_p)) for name, kind in self.params.items()]
+        object.__setattr__(self, "_structure", type("Params", (ctypes.Structure,), {"_fields_": kinds}))
 
     @property
     def prebuilt(self) -> bool:
@@ -138,7 +145,10 @@ class Variant:
 
     def compiled(self, cached: torch.dtype, level: str) -> Compiled:
         """The built variant, from the cache folder or the compiler. Raises `UnsupportedError` without a compiler."""
-        return compiled(self.name, self.source(cached), level)
+        found = self._built.get((cached, level))
+        if found is None:
+            found = self._built[cached, level] = compiled(self.name, self.source(cached), level)
+        return found
 
     def pack(self, given: Mapping[str, Any]) -> ctypes.Structure:
         """The parameters as C++ reads them. Raises ValueError or TypeError for ones that are missing or wrong."""
@@ -146,8 +156,7 @@ class Variant:
             raise ValueError(
                 f"variant {self.name} takes the parameters {sorted(self.params) or 'none'}, not {sorted(given)}"
             )
-        kinds = [(name, _SCALARS.get(kind, ctypes.c_void_p)) for name, kind in self.params.items()]
-        packed: ctypes.Structure = type("Params", (ctypes.Structure,), {"_fields_": kinds})()
+        packed: ctypes.Structure = self._structure()
         for name, kind in self.params.items():
             value = given[name]
             if kind in _SCALARS:
