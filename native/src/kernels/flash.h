@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "flash_tile.h"
+#include "hasten.h"
 
 namespace hasten::flash {
 

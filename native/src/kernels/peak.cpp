@@ -2,6 +2,7 @@
 // second. Bounds of the other kernels; see hasten/measure/kernels.py.
 #include <vector>
 
+#include "hasten.h"
 #include "simd.h"
 
 namespace hasten {
