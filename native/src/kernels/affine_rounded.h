@@ -26,6 +26,7 @@ namespace {
 constexpr int kTall = 4;     // rows at once
 constexpr int kRows = 128;   // rows of a task
 constexpr int kSegment = 12;  // at most: chunks whose scales (and, for many rows, codes) are expanded together
+constexpr int kAhead = 512;  // words that are fetched ahead: 2 KiB
 constexpr int kSpread = 0;   // "bits" of codes that were cut out of their words before
 constexpr int kV = vf::width >= 8 ? kBlock / vf::width : 1;
 
@@ -145,6 +146,9 @@ void multiply(Run run, float* total) {
     const int chunks = run.chunks, per_group = run.per_group;
     int left = run.left;
     for (int c = 0; c < chunks; ++c, w += stride, x += kTall * Form::kWords) {
+      // The processor's own prefetcher stays too close to codes that are multiplied as fast as they come.
+      if constexpr (B != kSpread)
+        for (int i = 0; i < B; ++i) __builtin_prefetch(w + kAhead / stride * stride + i * kBlock);
       unroll<U>([&]<int u>() HASTEN_INLINE {
         vi acc[R][kV];
         unroll<part>([&]<int n>() HASTEN_INLINE {
@@ -197,7 +201,9 @@ auto multiply_of(int rows) {
 
 template <typename Form, int B, int U>
 void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
-  const bool parallel = worth_threads(rows, a.inputs, a.outputs), few = rows <= kTall;
+  // What no checkpoint holds (6 bits in groups of whole chunks, others in groups of 16) does without own instances.
+  constexpr bool direct = (B == 6) == (U == 2);
+  const bool parallel = worth_threads(rows, a.inputs, a.outputs), few = direct && rows <= kTall;
   const Rows all = prepare<Form>(a, x, ldx, rows, a.chunks * U, parallel);
   const int blocks = a.blocks(), tasks = blocks * ((rows + kRows - 1) / kRows), per_group = a.halves * U / 2;
   const int segments = (a.chunks + kSegment - 1) / kSegment;
@@ -220,7 +226,7 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y
                        Form::kChunkScales ? all.chunk_scale + all.at(r, c, a.chunks) : nullptr, scale, scale + side,
                        chunks, per_group - unit % per_group, per_group};
         const int count = std::min(kTall, end - r);
-        if (few) multiply_of<Form, B, U>(count)(part, total);
+        if (few) multiply_of<Form, direct ? B : kSpread, U>(count)(part, total);
         else multiply_of<Form, kSpread, U>(count)(part, total + (r - begin) * kBlock);
       }
     }
