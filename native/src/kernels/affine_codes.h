@@ -20,6 +20,9 @@ namespace hasten::affine {
 constexpr int kBlock = dense::kBlock;
 constexpr int kChunk = 32;
 constexpr int kHalf = 16;  // groups begin and end at multiples of this
+// Words fetched ahead where codes are multiplied as fast as they come from memory: the processor's own prefetcher stays
+// too close.
+constexpr int kAhead = 512;
 
 // A vector of as many 32-bit integers as vf has floats. N: bits to the right, to the left if negative.
 #if defined(__AVX512F__)

@@ -95,6 +95,7 @@ void block_rows(const Affine& a, const std::uint32_t* words, const Rows& rows, c
       s += kBlock, m += kBlock, ++sum, left = a.halves;
     };
     for (int chunk = 0; chunk < a.chunks; ++chunk, w += B * kBlock, x += kChunk) {
+      for (int i = 0; i < B; ++i) __builtin_prefetch(w + (kAhead / (B * kBlock) * B + i) * kBlock);
       half_chunk<B, 0>(w, x, rows.ldx, acc, columns);
       end_half(false);
       half_chunk<B, 1>(w, x, rows.ldx, acc, columns);

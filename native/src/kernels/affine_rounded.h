@@ -26,7 +26,6 @@ namespace {
 constexpr int kTall = 4;     // rows at once
 constexpr int kRows = 128;   // rows of a task
 constexpr int kSegment = 12;  // at most: chunks whose scales (and, for many rows, codes) are expanded together
-constexpr int kAhead = 512;  // words that are fetched ahead: 2 KiB
 constexpr int kSpread = 0;   // "bits" of codes that were cut out of their words before
 constexpr int kV = vf::width >= 8 ? kBlock / vf::width : 1;
 
@@ -146,7 +145,6 @@ void multiply(Run run, float* total) {
     const int chunks = run.chunks, per_group = run.per_group;
     int left = run.left;
     for (int c = 0; c < chunks; ++c, w += stride, x += kTall * Form::kWords) {
-      // The processor's own prefetcher stays too close to codes that are multiplied as fast as they come.
       if constexpr (B != kSpread)
         for (int i = 0; i < B; ++i) __builtin_prefetch(w + kAhead / stride * stride + i * kBlock);
       unroll<U>([&]<int u>() HASTEN_INLINE {
