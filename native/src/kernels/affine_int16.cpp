@@ -1,6 +1,6 @@
 // Activations rounded to 16 bits, one float32 scale per row, against codes of 4, 5, 6 and 8 bits: two integer products per
 // 32 bits and instruction, for any number of rows. The rounding is finer than bfloat16's: its error is at most
-// max |x| / 65534 per activation, so at most sqrt(inputs) / 1.1e5 of a row's norm.
+// max |x| / 65534 per activation, so at most sqrt(inputs) / 65534 of a row's norm.
 #include "affine_rounded.h"
 
 namespace hasten::affine {

@@ -1,8 +1,8 @@
 // What kernels on rounded activations share: the tiles of rows, the loops over blocks, segments and tiles, and scaling.
 //
 // A `Form` says how activations and codes meet. Products of a unit (a chunk, or half of one where groups begin and end
-// within chunks) are summed up exactly as integers, then scaled in float32. One to kTall rows multiply codes as they are cut
-// out of their words; more rows share codes that were cut out once per task and stay in L1.
+// within chunks) are summed up exactly as integers, then scaled in float32. Few rows multiply codes as they are cut out of
+// their words; many share codes that were cut out once per task and stay in L1.
 //
 // struct Form {
 //   static constexpr int kWords;         // 32-bit words of a chunk's activations, each meeting one vector of codes
@@ -201,7 +201,8 @@ template <typename Form, int B, int U>
 void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
   // What no checkpoint holds (6 bits in groups of whole chunks, others in groups of 16) does without own instances.
   constexpr bool direct = (B == 6) == (U == 2);
-  const bool parallel = worth_threads(rows, a.inputs, a.outputs), few = direct && rows <= kTall;
+  // Up to two tiles cut codes out themselves, one where that takes more steps.
+  const bool parallel = worth_threads(rows, a.inputs, a.outputs), few = direct && rows <= (B == 5 || B == 6 ? 1 : 2) * kTall;
   const Rows all = prepare<Form>(a, x, ldx, rows, a.chunks * U, parallel);
   const int blocks = a.blocks(), tasks = blocks * ((rows + kRows - 1) / kRows), per_group = a.halves * U / 2;
   const int segments = (a.chunks + kSegment - 1) / kSegment;
@@ -224,7 +225,7 @@ void run(const Affine& a, const float* x, std::ptrdiff_t ldx, int rows, float* y
                        Form::kChunkScales ? all.chunk_scale + all.at(r, c, a.chunks) : nullptr, scale, scale + side,
                        chunks, per_group - unit % per_group, per_group};
         const int count = std::min(kTall, end - r);
-        if (few) multiply_of<Form, direct ? B : kSpread, U>(count)(part, total);
+        if (few) multiply_of<Form, direct ? B : kSpread, U>(count)(part, total + (r - begin) * kBlock);
         else multiply_of<Form, kSpread, U>(count)(part, total + (r - begin) * kBlock);
       }
     }
