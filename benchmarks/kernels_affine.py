@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hasten.kernels.peak import read_bandwidth
 from hasten.models.checkpoint import load_decoder, open_checkpoint
 from hasten.models.store import resolve
 from hasten.weights.native import NativeFormat
@@ -38,12 +39,6 @@ def best(run: Callable[[], object], seconds: float = 1.0) -> float:
     return min(times)
 
 
-def bandwidth() -> float:
-    """Bytes per second read from memory by all threads."""
-    data = torch.ones(1 << 26, dtype=torch.float32)
-    return data.nbytes / best(data.sum)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -53,7 +48,7 @@ def main() -> None:
     parser.add_argument("--ghz", type=float, default=3.2, help="clock of the cores under load")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    checkpoint, read = open_checkpoint(resolve(options.model)), bandwidth()
+    checkpoint, read = open_checkpoint(resolve(options.model)), read_bandwidth()
     table = Table("activations", "rows", "ms", "GB/s", "GOP/s", "of the bound", title=options.model)
     for activations in options.activations.split(","):
         decoder = load_decoder(checkpoint, pack=NativeFormat(activations).pack)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,16 +55,10 @@ class HastenEngine(Engine):
         return [list(score.logprobs) for score in self.llm.score([list(t) for t in texts], context=context)]
 
     def bandwidth(self) -> float:
-        """Bytes a second that this process reads from memory: the best of a few sums over 256 MiB."""
-        import torch
+        """Bytes a second that this process reads from memory."""
+        from hasten.kernels.peak import read_bandwidth
 
-        data = torch.ones(64 << 20)
-        seconds = []
-        for _ in range(4):
-            began = time.perf_counter()
-            data.sum()
-            seconds.append(time.perf_counter() - began)
-        return data.nbytes / min(seconds)
+        return read_bandwidth()
 
     def facts(self) -> dict[str, Any]:
         import hasten

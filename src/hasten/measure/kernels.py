@@ -41,7 +41,7 @@ OUT_OF_CACHE = 96_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """``run()`` does the work once. moved: bytes; operations: of ``arithmetic`` (float32 or int8)."""
+    """``run()`` does the work once. moved: bytes; operations: of ``arithmetic`` (float32, int16 or int8)."""
 
     kernel: str
     shape: str
@@ -91,7 +91,9 @@ def measure(case: Case, peak: Peak, seconds: float) -> KernelResult:
         times.append(time.perf_counter() - start)
     median = sorted(times)[len(times) // 2]
     memory = case.moved / peak.read
-    arithmetic = case.operations / (peak.int8 if case.arithmetic == "int8" else peak.float32)
+    # An instruction multiplies half as many 16-bit numbers as 8-bit ones.
+    rate = {"float32": peak.float32, "int8": peak.int8, "int16": peak.int8 / 2}[case.arithmetic]
+    arithmetic = case.operations / rate
     return KernelResult(
         case.kernel,
         case.shape,
@@ -139,7 +141,7 @@ def _affine(bits: int, activations: str) -> Callable[[], Iterator[Case]]:
         return AffineLinear(codes_OI, scale_OG, low_OG, bits=bits, group_size=32, activations=activations)
 
     name = f"affine-{bits}bit-{activations}"
-    return lambda: _linear(name, make, "float32" if activations == "float32" else "int8")
+    return lambda: _linear(name, make, activations)
 
 
 def _dense(dtype: torch.dtype) -> Callable[[], Iterator[Case]]:
@@ -283,9 +285,10 @@ CASES: tuple[tuple[str, Callable[[], Iterator[Case]]], ...] = (
     ("dense-float32", _dense(torch.float32)),
     ("dense-bfloat16", _dense(torch.bfloat16)),
     ("affine-4bit-float32", _affine(4, "float32")),
+    ("affine-4bit-int16", _affine(4, "int16")),
     ("affine-4bit-int8", _affine(4, "int8")),
     ("affine-8bit-float32", _affine(8, "float32")),
-    ("affine-8bit-int8", _affine(8, "int8")),
+    ("affine-8bit-int16", _affine(8, "int16")),
     ("attend_pieces", _attend),
     ("attend_tokens", _attend_tokens),
     ("codes", _codes),
