@@ -56,7 +56,7 @@ def attention_case(select: str, context: int, budget: int, rounds: int) -> dict[
     spec = AttentionSpec(SHAPE, SHAPE.size**-0.5)
     layout = decode_layout([torch.randperm(context // 32).tolist()])
     pages = random_pages(context // 32, SHAPE, torch.bfloat16)
-    policy = AdamasPolicy(Adamas(budget=budget, select=select), 3, SHAPE.size, cut, cut)
+    policy = AdamasPolicy(Adamas(budget=budget, select=select), 3, SHAPE.heads, SHAPE.size, cut, cut)
     sidecar = torch.empty(*pages.k_NGPD.shape[:3], SHAPE.size // 4, dtype=torch.uint8)
     keys = pages.k_NGPD.float().transpose(1, 2).reshape(-1, SHAPE.kv_heads, SHAPE.size)
     codes.hadamard_append(keys, 0.67, sidecar, torch.arange(context))

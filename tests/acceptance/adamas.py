@@ -21,6 +21,7 @@ from hasten.core.plan import Plan
 from hasten.kernels import codes
 from hasten.kernels.reference import codes as reference
 from hasten.lm.llm import LLM
+from hasten.lm.native import DecodeRound
 from hasten.lm.request import SamplingParams
 from hasten.lm.runner import Chunk
 from hasten.models.checkpoint import open_checkpoint
@@ -86,11 +87,30 @@ def test_choosing_every_token_through_the_sparse_path_is_dense_attention(tiny, s
 
     monkeypatch.setattr(AdamasPolicy, "begin_step", begin)
     monkeypatch.setattr(AdamasPolicy, "nearest", spy)
+    monkeypatch.setattr(AdamasPolicy, "selectors", lambda self: ())  # layer by layer, where it can be watched
     with LLM(tiny, use=[adamas(budget=400, select=select)], dtype="float32") as llm:
         sparse = llm.score(ids, context=100, mode="decode").logprobs
     assert chosen
     assert set(chosen) == {0}
     np.testing.assert_allclose(sparse, dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("select", ["group", "per_head"])
+def test_steps_in_one_native_call_choose_what_the_layers_choose_one_by_one(tiny, select, monkeypatch):
+    given, technique = prompts(3), adamas(budget=24, select=select)
+    native: list[bool] = []
+    run_round = DecodeRound.run
+
+    def spy(self, chunks):
+        found = run_round(self, chunks)
+        native.append(found is not None)
+        return found
+
+    monkeypatch.setattr(DecodeRound, "run", spy)
+    together = run(tiny, [technique], given)
+    assert sum(native) > 10
+    monkeypatch.setattr(AdamasPolicy, "selectors", lambda self: ())
+    assert run(tiny, [technique], given) == together
 
 
 # -- 2. the codes are exact ----------

@@ -347,3 +347,91 @@ def test_kernel_plans_once_per_step_and_layout(decoder):
     runner.kernel = kernel = Counting()
     runner.run([chunk(runner, opened(runner), ids_of(5), 0, logits=1)])
     assert (kernel.plans, kernel.runs) == (2, decoder.config.num_layers)
+
+
+# -- steps that continue one another ----------
+
+
+def continued(monkeypatch) -> list[bool]:
+    """Whether each run so far was one native call from token ids to logits."""
+    seen: list[bool] = []
+    run = Runner.run
+
+    def spy(self, chunks):
+        logits = run(self, chunks)
+        seen.append(self.best is not None)
+        return logits
+
+    monkeypatch.setattr(Runner, "run", spy)
+    return seen
+
+
+def decode(runner, kvs, prompts, steps):
+    """Logits of greedy decoding, a row per sequence and step."""
+    for kv, prompt in zip(kvs, prompts, strict=True):
+        runner.run([chunk(runner, kv, prompt, 0, logits=0)])
+    ids, out = [5] * len(kvs), []
+    for _ in range(steps):
+        chunks = [chunk(runner, kv, [i], kv.length) for kv, i in zip(kvs, ids, strict=True)]
+        out.append(runner.run(chunks))
+        ids = out[-1].argmax(-1).tolist()
+        assert runner.best in (None, ids)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("lengths", [[9], [3, 17, 8]])
+def test_continued_steps_are_planned_steps(decoder, monkeypatch, lengths):
+    prompts = [ids_of(n, seed=n) for n in lengths]
+    seen = continued(monkeypatch)
+    runner = make(decoder)
+    fast = decode(runner, [opened(runner, i) for i in range(len(lengths))], prompts, 14)
+    assert sum(seen) >= 5
+    monkeypatch.setattr(Runner, "_continue", lambda *_: None)
+    runner = make(decoder)
+    slow = decode(runner, [opened(runner, i) for i in range(len(lengths))], prompts, 14)
+    close(fast, slow)
+
+
+def test_a_sequence_that_was_cut_or_copied_does_not_continue(decoder):
+    """Same ids, other pages: the round must not write where it wrote before."""
+    runner, ids = make(decoder), ids_of(30)
+    kv = opened(runner)
+    runner.run([chunk(runner, kv, ids[:13], 0)])
+    expected = plain(decoder, ids)
+    for at in (13, 14):
+        close(runner.run([chunk(runner, kv, ids[at : at + 1], at)]), expected[at : at + 1])
+    other = runner.cache.fork(kv, 1)  # the page that is being written is shared now
+    runner.cache.attach(other)
+    close(runner.run([chunk(runner, kv, [7], 15)]), plain(decoder, [*ids[:15], 7])[15:])
+    close(runner.run([chunk(runner, other, ids[15:16], 15)]), expected[15:16])
+    runner.cache.truncate(kv, 9)
+    for at in range(9, 20):
+        close(runner.run([chunk(runner, kv, ids[at : at + 1], at)]), expected[at : at + 1])
+        if at > 15:
+            close(runner.run([chunk(runner, other, ids[at : at + 1], at)]), expected[at : at + 1])
+
+
+def test_a_row_that_is_not_finite_is_told(decoder, monkeypatch):
+    runner = make(decoder)
+    kvs = [opened(runner, i) for i in range(2)]
+    seen = continued(monkeypatch)
+    runner.run([chunk(runner, kv, ids_of(5, seed=i), 0, logits=0) for i, kv in enumerate(kvs)])
+    for at in (5, 6):
+        runner.run([chunk(runner, kv, [9], at) for kv in kvs])
+    page = kvs[1].pages[0]
+    runner.cache.format.pages(1).k_NGPD[page] = float("nan")
+    logits = runner.run([chunk(runner, kv, [9], 7) for kv in kvs])
+    assert seen[-1]
+    assert runner.best is not None
+    assert runner.best[0] == int(logits[0].argmax())
+    assert runner.best[1] == -1
+
+
+def test_ids_outside_the_vocabulary_are_refused(decoder):
+    runner = make(decoder)
+    kv = opened(runner)
+    runner.run([chunk(runner, kv, [3, 4], 0)])
+    runner.run([chunk(runner, kv, [5], 2)])
+    with pytest.raises((ValueError, IndexError)):
+        runner.run([chunk(runner, kv, [320], 3)])
+    assert kv.length == 3

@@ -13,73 +13,19 @@
 #include <algorithm>
 #include <vector>
 
+#include "hadamard.h"
 #include "hasten.h"
+#include "select.h"
 #include "simd.h"
 
 namespace hasten {
 namespace {
 
-constexpr int max_size = 1024;
-
-// In-place fast Walsh-Hadamard transform without the 1 / sqrt(n) factor (callers scale their cut points instead).
-void walsh_hadamard(float* x, int n) {
-  for (int half = 1; half < n; half *= 2) {
-    for (int base = 0; base < n; base += 2 * half) {
-      float* a = x + base;
-      float* b = a + half;
-      int i = 0;
-      for (; i + vf::width <= half; i += vf::width) {
-        vf u = vf::load(a + i), w = vf::load(b + i);
-        (u + w).store(a + i);
-        (u - w).store(b + i);
-      }
-      for (; i < half; ++i) {
-        float u = a[i], w = b[i];
-        a[i] = u + w;
-        b[i] = u - w;
-      }
-    }
-  }
-}
-
-// Bits of `x` spread to the even places.
-inline std::uint32_t spread_bits(std::uint32_t x) {
-  x = (x | x << 4) & 0x0f0fu;
-  x = (x | x << 2) & 0x3333u;
-  return (x | x << 1) & 0x5555u;
-}
-
-// Codes of one head; byte j (coordinates 4j..4j+3, two bits each) goes to code[j * stride].
-void encode_head(const float* x, int size, float cut, std::uint8_t* code, std::int64_t stride) {
-  float y[max_size];
-  std::memcpy(y, x, static_cast<std::size_t>(size) * sizeof(float));
-  walsh_hadamard(y, size);
-  const float outer = cut * std::sqrt(static_cast<float>(size));
-  for (int i = 0; i < size / 8; ++i) {
-#if defined(__AVX2__)
-    __m256 v = _mm256_loadu_ps(y + 8 * i);
-    auto over = [v](float limit) {
-      return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), _CMP_GT_OQ)));
-    };
-    const std::uint32_t positive = over(0.0f), above = over(outer), over_low = over(-outer);
-#else
-    std::uint32_t positive = 0, above = 0, over_low = 0;
-    for (int c = 0; c < 8; ++c) {
-      const float v = y[8 * i + c];
-      positive |= static_cast<std::uint32_t>(v > 0.0f) << c;
-      above |= static_cast<std::uint32_t>(v > outer) << c;
-      over_low |= static_cast<std::uint32_t>(v > -outer) << c;
-    }
-#endif
-    const std::uint32_t eight = spread_bits(above | (over_low & ~positive)) | spread_bits(positive) << 1;
-    code[(2 * i) * stride] = static_cast<std::uint8_t>(eight);
-    code[(2 * i + 1) * stride] = static_cast<std::uint8_t>(eight >> 8);
-  }
-}
+using hadamard::block_width;
+using hadamard::encode_head;
 
 constexpr int widest = 32;  // W at most; distances are written in whole blocks of this
 
-int block_width(int page_size) { return page_size % 32 == 0 ? 32 : page_size % 16 == 0 ? 16 : 1; }
 
 // Tables of one choice: entry[n][k] is the distance, summed over the choice's query heads, of their codes 2n and 2n + 1
 // to a key nibble k. `run`: how many entries may be added in a byte.
@@ -357,6 +303,51 @@ void select(const Shape& s, const Inputs& in, bool per_head, int budget, std::in
   }
 }
 
+// Encodes queries [heads][size], rows `stride` floats apart, and selects.
+void nearest(const Shape& s, const float* q, std::int64_t stride, float cut, Inputs in, bool per_head, int budget,
+             std::int32_t* index, std::int32_t* count) {
+  thread_local std::vector<std::uint8_t> scratch;
+  const int vectors = s.rows * s.heads, size = 4 * s.bytes;
+  scratch.resize(static_cast<std::size_t>(vectors) * s.bytes);
+  std::uint8_t* query = scratch.data();  // threads of the team must not name the thread_local themselves
+#pragma omp parallel for schedule(static) if (vectors > 256)
+  for (int i = 0; i < vectors; ++i)
+    encode_head(q + i / s.heads * stride + static_cast<std::int64_t>(i % s.heads) * size, size, cut,
+                query + static_cast<std::int64_t>(i) * s.bytes, 1);
+  in.query_RHB = query;
+  select(s, in, per_head, budget, index, count);
+}
+
+struct HadamardSelector final : Selector {
+  std::uint8_t* codes = nullptr;  // [pages][kv_heads][page_size][size / 4]
+  float cut_q = 0, cut_k = 0;
+  bool corrected = true;
+
+  void append(const float* k, std::int64_t stride, const std::int64_t* slot, int rows) const override {
+    hadamard::append(k, stride, cut_k, codes, slot, rows, kv_heads, size, page_size);
+  }
+  void choose(const float* q, std::int64_t stride, int rows, const std::int32_t* table, int width,
+              const std::int32_t* length, std::int32_t* index, std::int32_t* count) const override {
+    const Shape s{rows, heads, kv_heads, page_size, size / 4, width};
+    nearest(s, q, stride, cut_q, {nullptr, codes, table, length, corrected}, choices != kv_heads || heads == kv_heads,
+            budget, index, count);
+  }
+};
+
+// Addresses and sizes come from the Python face, which has checked them.
+nb::capsule selector(std::uintptr_t codes, float cut_q, float cut_k, int heads, int kv_heads, int size, int pages,
+                     int page_size, int budget, bool per_head, bool corrected) {
+  require(kv_heads > 0 && heads % kv_heads == 0, "query heads must be a multiple of kv heads");
+  require(size > 0 && size % 8 == 0 && size <= hadamard::kMaxSize, "head size must be a multiple of 8, at most 1024");
+  require(budget >= 1 && pages > 0 && page_size > 0, "budget, pages and page size must be positive");
+  require(per_head || heads / kv_heads <= 42, "at most 42 query heads may share a choice");
+  auto s = std::make_unique<HadamardSelector>();
+  s->heads = heads, s->kv_heads = kv_heads, s->size = size, s->pages = pages, s->page_size = page_size;
+  s->budget = budget, s->choices = per_head ? heads : kv_heads;
+  s->codes = reinterpret_cast<std::uint8_t*>(codes), s->cut_q = cut_q, s->cut_k = cut_k, s->corrected = corrected;
+  return wrap_selector(std::move(s));
+}
+
 template <typename A>
 int dim(const A& a, int i) {
   return static_cast<int>(a.shape(static_cast<std::size_t>(i)));
@@ -369,7 +360,7 @@ using Lengths = Array<const std::int32_t, -1>;
 
 void check(const Shape& s, int pages, const std::int32_t* table, const std::int32_t* length) {
   require(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query heads must be a multiple of kv heads");
-  require(s.bytes > 0 && s.bytes <= max_size / 4 && s.bytes % 2 == 0, "head size must be a multiple of 8 up to 1024");
+  require(s.bytes > 0 && s.bytes <= hadamard::kMaxSize / 4 && s.bytes % 2 == 0, "head size must be a multiple of 8 up to 1024");
   for (int r = 0; r < s.rows; ++r) {
     require(length[r] >= 1 && (length[r] - 1) / s.page_size < s.table_width, "a length needs at least one token and its pages");
     const std::int32_t* page = table + static_cast<std::int64_t>(r) * s.table_width;
@@ -387,40 +378,6 @@ Shape shape_of(const Codes3& query, const Codes4& codes, const Table& table, con
 }
 
 HASTEN_KERNELS(m) {
-  m.def("hadamard_encode", [](Array<const float, -1, -1, -1> x_RHD, float cut, Array<std::uint8_t, -1, -1, -1> out_RHB) {
-    const int size = dim(x_RHD, 2), bytes = dim(out_RHB, 2);
-    require(size == 4 * bytes && size % 8 == 0 && size <= max_size, "codes must hold head size / 4 bytes");
-    const std::int64_t heads = static_cast<std::int64_t>(dim(x_RHD, 0)) * dim(x_RHD, 1);
-    require(dim(out_RHB, 0) == dim(x_RHD, 0) && dim(out_RHB, 1) == dim(x_RHD, 1), "codes must match x");
-    nb::gil_scoped_release release;
-#pragma omp parallel for schedule(static) if (heads > 256)
-    for (std::int64_t i = 0; i < heads; ++i)
-      encode_head(x_RHD.data() + i * size, size, cut, out_RHB.data() + i * bytes, 1);
-  });
-
-  // Addresses where tensors would cost more than the work: float32 keys [rows, kv heads, size], codes [pages, kv heads,
-  // page size, size / 4], int64 slots [rows].
-  m.def("hadamard_append", [](std::uintptr_t k_TGD, float cut, std::uintptr_t codes_NGPB,
-                              std::uintptr_t slot_T, int rows, int kv_heads, int size, int pages, int page_size) {
-    const int bytes = size / 4, width = block_width(page_size);
-    const auto* slot = reinterpret_cast<const std::int64_t*>(slot_T);
-    require(size > 0 && size % 8 == 0 && size <= max_size, "head size must be a multiple of 8, at most 1024");
-    const std::int64_t slots = static_cast<std::int64_t>(pages) * page_size;
-    for (int t = 0; t < rows; ++t)
-      require(slot[t] >= 0 && slot[t] < slots, "a slot lies outside the pool");
-    const float* k = reinterpret_cast<const float*>(k_TGD);
-    auto* codes = reinterpret_cast<std::uint8_t*>(codes_NGPB);
-    nb::gil_scoped_release release;
-#pragma omp parallel for schedule(static) if (rows * kv_heads > 256)
-    for (int t = 0; t < rows; ++t) {
-      const std::int64_t page = slot[t] / page_size, offset = slot[t] % page_size;
-      for (int g = 0; g < kv_heads; ++g) {
-        std::uint8_t* to = codes + (page * kv_heads + g) * page_size * bytes + offset / width * width * bytes + offset % width;
-        encode_head(k + (static_cast<std::int64_t>(t) * kv_heads + g) * size, size, cut, to, width);
-      }
-    }
-  });
-
   // Distances [rows, heads, longest rounded up to 32].
   m.def("hadamard_distance", [](Codes3 query_RHB, Codes4 codes_NGPB, Table table_RM, Lengths length_R, bool corrected,
                                 Array<std::uint16_t, -1, -1, -1> out_RHL) {
@@ -460,17 +417,12 @@ HASTEN_KERNELS(m) {
     require(budget >= 1, "budget must be at least 1");
     check(s, pages, table, length);
     nb::gil_scoped_release release;
-    thread_local std::vector<std::uint8_t> scratch;
-    const int vectors = s.rows * heads;
-    scratch.resize(static_cast<std::size_t>(vectors) * s.bytes);
-    std::uint8_t* query = scratch.data();  // threads of the team must not name the thread_local themselves
-    const float* q = reinterpret_cast<const float*>(q_RHD);
-#pragma omp parallel for schedule(static) if (vectors > 256)
-    for (int i = 0; i < vectors; ++i)
-      encode_head(q + static_cast<std::int64_t>(i) * size, size, cut, query + static_cast<std::int64_t>(i) * s.bytes, 1);
-    const Inputs in{query, reinterpret_cast<const std::uint8_t*>(codes_NGPB), table, length, corrected};
-    select(s, in, per_head, budget, reinterpret_cast<std::int32_t*>(index_RXK), reinterpret_cast<std::int32_t*>(count_RX));
+    nearest(s, reinterpret_cast<const float*>(q_RHD), static_cast<std::int64_t>(heads) * size, cut,
+            {nullptr, reinterpret_cast<const std::uint8_t*>(codes_NGPB), table, length, corrected}, per_head, budget,
+            reinterpret_cast<std::int32_t*>(index_RXK), reinterpret_cast<std::int32_t*>(count_RX));
   });
+
+  m.def("hadamard_selector", &selector);
 }
 
 }  // namespace

@@ -144,6 +144,20 @@ void gather(const Affine& a, const float* from, float* to) {
     for (int i = 0; i < a.width; ++i) to[i] = a.column[i] < 0 ? 0.0f : from[a.column[i]];
 }
 
+bool Affine::row(int output, float* to) const {
+  // Whole blocks are cut out, sixteen outputs for one: still a few microseconds for a row.
+  const std::size_t side = static_cast<std::size_t>(groups) * kBlock;
+  float* scale_of = scratch<1>(2 * side + static_cast<std::size_t>(chunks) * kChunk * kBlock);
+  float* all = scale_of + 2 * side;
+  expand(output / kBlock, 0, groups, scale_of, scale_of + side);
+  weights_of(bits)(*this, output / kBlock, 0, chunks, scale_of, scale_of + side, all);
+  for (int i = 0; i < width; ++i) {
+    const int to_column = column == nullptr ? i : column[i];
+    if (to_column >= 0) to[to_column] = all[static_cast<std::size_t>(i) * kBlock + output % kBlock];
+  }
+  return true;
+}
+
 void Affine::forward(const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) const {
   if (rows <= 0) return;
   if (rounding == Rounding::int16) rounded_int16(*this, x, ldx, rows, y, ldy);

@@ -171,6 +171,7 @@ struct Affine final : Packed {
   // Scales and lows of `count` groups of a block as float32 [count][16].
   void expand(int block, int first, int count, float* scale, float* low) const;
   void forward(const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) const override;
+  bool row(int output, float* to) const override;
 };
 
 // Few rows: codes are multiplied as they are cut out of their words.

@@ -2,6 +2,8 @@
 //
 // A unit is one row and one choice of tokens: the query heads of a kv head when they share it, or a single query head.
 // With fewer units than work for the threads, the tokens of a unit are split and the parts merged.
+#include "attend_tokens.h"
+
 #include <omp.h>
 
 #include <atomic>
@@ -17,12 +19,7 @@ using namespace attend;
 constexpr int kPart = 64;          // fewest tokens of a part
 constexpr int kUnitsPerThread = 4;  // tasks per thread that splitting aims for
 
-struct Call {
-  const float* q;
-  const void *k, *v;
-  const std::int32_t *table, *index, *count;
-  int heads, groups, size, pages, page, width, choices, most;  // width: pages per row; most: tokens per choice
-  float scale, softcap;
+struct Call : Chosen {
   std::atomic<bool>* bad;
 };
 
@@ -56,7 +53,7 @@ void run_part(const Call& c, int row, int choice, int begin, int end, float* out
   const int head = choice / (c.choices / c.groups);
   const Logits logits(c.scale, c.softcap);
   st.begin(repeat, c.size);
-  const float* q = c.q + (static_cast<std::size_t>(row) * c.heads + choice * repeat) * c.size;
+  const float* q = c.q + row * c.q_stride + static_cast<std::int64_t>(choice) * repeat * c.size;
   for (int i = 0; i < repeat; ++i) st.load(i, q + static_cast<std::size_t>(i) * c.size, c.size, logits.query);
   scratch.ready(c.size);
   const std::int32_t* index = c.index + (static_cast<std::size_t>(row) * c.choices + choice) * c.most;
@@ -100,6 +97,39 @@ void join(const float* out, const float* lse, int parts, std::size_t stride, int
   *to_lse = top + std::log(total);
 }
 
+}  // namespace
+
+bool attend::tokens(const Chosen& chosen, int rows, bool bf16, float* out, float* lse) {
+  std::atomic<bool> bad{false};
+  const Call c{chosen, &bad};
+  const int units = rows * c.choices;
+  const int repeat = c.heads / c.choices;
+  const bool parallel = static_cast<std::int64_t>(units) * c.most * repeat * c.size > 100000;
+  const int wanted = parallel ? kUnitsPerThread * omp_get_max_threads() : 1;
+  const int parts = units == 0 ? 1 : std::max(1, std::min(c.most / kPart, (wanted + units - 1) / units));
+  static thread_local std::vector<float> scratch;
+  if (parts > 1) scratch.resize(static_cast<std::size_t>(parts) * rows * c.heads * (c.size + 1));
+  float* part_out = parts > 1 ? scratch.data() : out;
+  float* part_lse = parts > 1 ? part_out + static_cast<std::size_t>(parts) * rows * c.heads * c.size : lse;
+  const std::size_t stride = static_cast<std::size_t>(rows) * c.heads;
+#pragma omp parallel for schedule(dynamic, 1) if (parallel && units * parts > 1)
+  for (int i = 0; i < units * parts; ++i) {
+    const int unit = i / parts, part = i % parts;
+    const std::int64_t n = c.count[unit];
+    const int begin = static_cast<int>(n * part / parts), end = static_cast<int>(n * (part + 1) / parts);
+    const std::size_t at = part * stride + static_cast<std::size_t>(unit) * repeat;
+    float* to = part_out + at * c.size;
+    if (bf16) run_part<std::uint16_t>(c, unit / c.choices, unit % c.choices, begin, end, to, part_lse + at);
+    else run_part<float>(c, unit / c.choices, unit % c.choices, begin, end, to, part_lse + at);
+  }
+  if (parts > 1)
+    for (std::size_t h = 0; h < stride; ++h)
+      join(part_out + h * c.size, part_lse + h, parts, stride, c.size, out + h * c.size, lse + h);
+  return !bad.load();
+}
+
+namespace {
+
 void attend_tokens(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, Array<const std::int32_t, -1, -1> table,
                    Array<const std::int32_t, -1, -1, -1> index, Array<const std::int32_t, -1, -1> count,
                    std::uintptr_t out_address, std::uintptr_t lse_address, int heads, int groups, int size, int pages,
@@ -113,38 +143,16 @@ void attend_tokens(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, Array<c
   require(choices == groups || choices == heads, "index_RXK must have one choice per kv head or per query head");
   for (int i = 0; i < rows * choices; ++i)
     require(count.data()[i] >= 0 && count.data()[i] <= most, "count_RX is negative or exceeds the entries of index_RXK");
-  std::atomic<bool> bad{false};
-  const Call c{reinterpret_cast<const float*>(q), reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
-               table.data(), index.data(), count.data(), heads, groups, size, pages, page,
-               static_cast<int>(table.shape(1)), choices, most, scale, softcap, &bad};
-  float* out = reinterpret_cast<float*>(out_address);
-  float* lse = reinterpret_cast<float*>(lse_address);
+  const Chosen c{reinterpret_cast<const float*>(q), static_cast<std::int64_t>(heads) * size,
+                 reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v), table.data(), index.data(),
+                 count.data(), heads, groups, size, pages, page, static_cast<int>(table.shape(1)), choices, most, scale,
+                 softcap};
+  bool found;
   {
     nb::gil_scoped_release release;
-    const int units = rows * choices;
-    const int repeat = heads / choices;
-    const bool parallel = static_cast<std::int64_t>(units) * most * repeat * size > 100000;
-    const int wanted = parallel ? kUnitsPerThread * omp_get_max_threads() : 1;
-    const int parts = units == 0 ? 1 : std::max(1, std::min(most / kPart, (wanted + units - 1) / units));
-    static thread_local std::vector<float> scratch;
-    if (parts > 1) scratch.resize(static_cast<std::size_t>(parts) * rows * heads * (size + 1));
-    float* part_out = parts > 1 ? scratch.data() : out;
-    float* part_lse = parts > 1 ? part_out + static_cast<std::size_t>(parts) * rows * heads * size : lse;
-    const std::size_t stride = static_cast<std::size_t>(rows) * heads;
-#pragma omp parallel for schedule(dynamic, 1) if (parallel && units * parts > 1)
-    for (int i = 0; i < units * parts; ++i) {
-      const int unit = i / parts, part = i % parts;
-      const std::int64_t n = c.count[unit];
-      const int begin = static_cast<int>(n * part / parts), end = static_cast<int>(n * (part + 1) / parts);
-      const std::size_t at = part * stride + static_cast<std::size_t>(unit) * repeat;
-      if (bf16) run_part<std::uint16_t>(c, unit / choices, unit % choices, begin, end, part_out + at * size, part_lse + at);
-      else run_part<float>(c, unit / choices, unit % choices, begin, end, part_out + at * size, part_lse + at);
-    }
-    if (parts > 1)
-      for (std::size_t h = 0; h < stride; ++h)
-        join(part_out + h * size, part_lse + h, parts, stride, size, out + h * size, lse + h);
+    found = tokens(c, rows, bf16, reinterpret_cast<float*>(out_address), reinterpret_cast<float*>(lse_address));
   }
-  require(!bad.load(), "index_RXK names a token without a page (outside page_table_RM or the pool)");
+  require(found, "index_RXK names a token without a page (outside page_table_RM or the pool)");
 }
 
 HASTEN_KERNELS(m) { m.def("attend_tokens", &attend_tokens); }

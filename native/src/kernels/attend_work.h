@@ -79,6 +79,9 @@ inline constexpr const char* kSchedule = "hasten.attend_schedule";
 nb::capsule wrap(std::unique_ptr<Work> work, const char* name);
 Work& unwrap_work(const nb::capsule& handle, const char* name);
 
+// Entries see [limit - window, limit) of the absolute tokens from now on, limit by query row; window < 0: all before it.
+void move(Work& work, const std::int64_t* limit, std::int64_t window);
+
 // Raises ValueError for lists that do not fit each other; sets their top page and row.
 void check_lists(Lists& lists, const std::vector<std::int32_t>& first, const std::vector<std::int32_t>& limit);
 

@@ -1,5 +1,8 @@
 // Dense layers: y = x W^T + bias with weights packed in blocks of 16 outputs, [blocks][inputs][16], float32 or bfloat16.
 // A block streams linearly and needs no horizontal sums. See hasten/kernels/dense.py.
+#include <bit>
+#include <type_traits>
+
 #include "dense_tile.h"
 #include "packed.h"
 
@@ -16,6 +19,15 @@ struct Dense final : Packed {
       return weight + (static_cast<std::size_t>(block) * inputs + start) * dense::kBlock;
     };
     dense::product(x, ldx, rows, inputs, outputs, bias, y, ldy, worth_threads(rows, inputs, outputs), panel);
+  }
+
+  bool row(int output, float* to) const override {
+    const W* from = weight + static_cast<std::size_t>(output / dense::kBlock) * inputs * dense::kBlock + output % dense::kBlock;
+    for (int i = 0; i < inputs; ++i, from += dense::kBlock) {
+      if constexpr (std::is_same_v<W, float>) to[i] = *from;
+      else to[i] = std::bit_cast<float>(static_cast<std::uint32_t>(*from) << 16);
+    }
+    return true;
   }
 };
 

@@ -242,22 +242,30 @@ nb::capsule attend_schedule(Longs page, Longs page_start, Longs base, Longs row_
   return wrap(std::move(w), kSchedule);
 }
 
-// The same plan for rows that now see [limit - window, limit) of the tokens; window < 0: all before the limit.
-nb::capsule schedule_moved(const nb::capsule& handle, Longs limit_T, std::int64_t window) {
-  const Work& old = unwrap_work(handle, kSchedule);
-  const Lists& lists = *old.lists;
-  require(static_cast<std::int64_t>(limit_T.shape(0)) == old.plan->rows, "limit_T must have an entry per row");
-  auto w = std::make_unique<Work>();
-  w->lists = old.lists, w->plan = old.plan, w->first = old.first, w->limit = old.limit;
+}  // namespace
+
+void attend::move(Work& work, const std::int64_t* limit, std::int64_t window) {
+  const Lists& lists = *work.lists;
   for (int j = 0; j < lists.pieces(); ++j) {
     const std::int64_t tokens = lists.tokens(j), base = lists.base[j];
     for (int e = lists.row_start[j]; e < lists.row_start[j + 1]; ++e) {
-      const std::int64_t limit = limit_T.data()[lists.row[e]] - base;
+      const std::int64_t last = limit[lists.row[e]] - base;
       if (window >= 0)
-        w->first[e] = static_cast<std::int32_t>(std::min(std::max<std::int64_t>(limit - window, 0), tokens));
-      w->limit[e] = static_cast<std::int32_t>(std::max<std::int64_t>(std::min(limit, tokens), 0));
+        work.first[e] = static_cast<std::int32_t>(std::min(std::max<std::int64_t>(last - window, 0), tokens));
+      work.limit[e] = static_cast<std::int32_t>(std::max<std::int64_t>(std::min(last, tokens), 0));
     }
   }
+}
+
+namespace {
+
+// The same plan for rows that now see [limit - window, limit) of the tokens; window < 0: all before the limit.
+nb::capsule schedule_moved(const nb::capsule& handle, Longs limit_T, std::int64_t window) {
+  const Work& old = unwrap_work(handle, kSchedule);
+  require(static_cast<std::int64_t>(limit_T.shape(0)) == old.plan->rows, "limit_T must have an entry per row");
+  auto w = std::make_unique<Work>();
+  w->lists = old.lists, w->plan = old.plan, w->first = old.first, w->limit = old.limit;
+  move(*w, limit_T.data(), window);
   return wrap(std::move(w), kSchedule);
 }
 

@@ -17,6 +17,13 @@ struct Stack final : Packed {
       y += part->outputs;
     }
   }
+  bool row(int output, float* to) const override {
+    for (const Packed* part : parts) {
+      if (output < part->outputs) return part->row(output, to);
+      output -= part->outputs;
+    }
+    return false;
+  }
 };
 
 nb::capsule packed_stack(const std::vector<nb::capsule>& handles) {
@@ -38,7 +45,14 @@ void packed_forward(const nb::capsule& handle, Address x, int rows, Address y) {
   layer.forward(reinterpret_cast<const float*>(x), layer.inputs, rows, reinterpret_cast<float*>(y), layer.outputs);
 }
 
+void packed_row(const nb::capsule& handle, int output, Address y) {
+  const Packed& layer = unwrap(handle);
+  require(output >= 0 && output < layer.outputs, "the row lies outside the layer's outputs");
+  require(layer.row(output, reinterpret_cast<float*>(y)), "this packed layer cannot be read row by row");
+}
+
 HASTEN_KERNELS(m) {
+  m.def("packed_row", &packed_row);
   m.def("packed_stack", &packed_stack);
   m.def("packed_forward", &packed_forward);
 }

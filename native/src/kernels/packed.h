@@ -16,6 +16,8 @@ struct Packed {
   virtual ~Packed() = default;
   // y[rows][outputs] = x[rows][inputs] W^T + bias; ldx, ldy: floats from row to row.
   virtual void forward(const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) const = 0;
+  // The weights of one output, to[inputs], as a tied embedding looks them up; false where the layout cannot tell.
+  virtual bool row(int, float*) const { return false; }
 };
 
 inline constexpr const char* kPackedName = "hasten.packed";

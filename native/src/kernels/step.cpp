@@ -6,26 +6,11 @@
 
 #include <cstring>
 
-#include "attend_work.h"
-#include "block.h"
-#include "rope.h"
+#include "attend_tokens.h"
+#include "stack.h"
 
 namespace hasten {
 namespace {
-
-struct Layer {
-  const Block* block;
-  void *k, *v;
-  int rope, reading;  // which of a step's rotary tables and readings it uses
-};
-
-struct Stack {
-  std::vector<Layer> layers;
-  std::int64_t pages = 0;
-  int page = 0;
-  bool bf16 = false;
-  int ropes = 0, readings = 0;
-};
 
 // Cos and sin [rows][rotated] and how many dimensions they turn.
 using Tables = std::tuple<Address, Address, int>;
@@ -52,40 +37,36 @@ nb::capsule stack(const std::vector<nb::capsule>& blocks, const std::vector<Addr
   return nb::capsule(s.release(), "hasten.stack", [](void* p) noexcept { delete static_cast<Stack*>(p); });
 }
 
-float* grown(std::vector<float>& memory, std::size_t count) {
+}  // namespace
+
+const Stack& unwrap_stack(const nb::capsule& handle) {
+  require(std::strcmp(handle.name(), "hasten.stack") == 0, "not a decoder stack");
+  return *static_cast<const Stack*>(handle.data());
+}
+
+void check_reads(const Stack& stack, const std::vector<Read>& reads, int rows) {
+  require(static_cast<int>(reads.size()) == stack.readings, "one schedule per reading of the stack");
+  for (const Stack::Layer& layer : stack.layers)
+    attend::check_schedule(*reads[layer.reading].work, rows, layer.block->heads, layer.block->kv_heads,
+                           static_cast<int>(std::min<std::int64_t>(stack.pages, INT32_MAX)), stack.page);
+}
+
+namespace {
+
+template <typename T>
+T* grown(std::vector<T>& memory, std::size_t count) {
   if (memory.size() < count) memory.resize(count);
   return memory.data();
 }
 
-// x[rows][hidden] goes through all layers in place; keys and values are cached at `slot`.
-void stack_step(const nb::capsule& handle, Address address, int rows, Array<const std::int64_t, -1> slot,
-                const std::vector<Tables>& ropes, const std::vector<Reading>& readings) {
-  require(std::strcmp(handle.name(), "hasten.stack") == 0, "not a decoder stack");
-  const Stack& stack = *static_cast<const Stack*>(handle.data());
-  require(static_cast<int>(slot.shape(0)) == rows, "slot_T must name a slot per row");
-  rope::check_slots(slot.data(), rows, stack.pages, stack.page);
-  require(static_cast<int>(ropes.size()) == stack.ropes, "one pair of rotary tables per rope of the stack");
-  require(static_cast<int>(readings.size()) == stack.readings, "one schedule per reading of the stack");
-  struct Read {
-    const attend::Work* work;
-    float scale, softcap;
-  };
-  std::vector<Read> reads;
-  for (const auto& [schedule, scale, softcap] : readings)
-    reads.push_back({&attend::unwrap_work(schedule, attend::kSchedule), scale, softcap});
-  for (const auto& [cos, sin, rotated] : ropes) require(rotated >= 0 && rotated % 2 == 0, "rotary tables need an even width");
-  for (const Layer& layer : stack.layers) {
-    const Block& b = *layer.block;
-    require(std::get<2>(ropes[layer.rope]) <= b.size, "rotary tables are wider than a head");
-    attend::check_schedule(*reads[layer.reading].work, rows, b.heads, b.kv_heads,
-                           static_cast<int>(std::min<std::int64_t>(stack.pages, INT32_MAX)), stack.page);
-  }
-  float* x = reinterpret_cast<float*>(address);
-  const std::int64_t* slots = slot.data();
-  nb::gil_scoped_release release;
+}  // namespace
+
+bool run_stack(const Stack& stack, float* x, int rows, const std::int64_t* slot, const std::vector<rope::Tables>& tables,
+               const std::vector<Read>& reads, const Choosing* choosing) {
   static thread_local std::vector<float> qkv_memory, part_memory, lse_memory, out_memory;
+  static thread_local std::vector<std::int32_t> index_memory, count_memory;
   for (std::size_t i = 0; i < stack.layers.size(); ++i) {
-    const Layer& layer = stack.layers[i];
+    const Stack::Layer& layer = stack.layers[i];
     const Block& b = *layer.block;
     const Read& read = reads[layer.reading];
     const attend::Plan& plan = *read.work->plan;
@@ -94,19 +75,55 @@ void stack_step(const nb::capsule& handle, Address address, int rows, Array<cons
     float* out = grown(out_memory, static_cast<std::size_t>(rows) * query);
     float* part = grown(part_memory, static_cast<std::size_t>(plan.slots) * query);
     float* lse = grown(lse_memory, static_cast<std::size_t>(plan.slots + rows) * b.heads);
+    float *k = qkv + query, *row_lse = lse + static_cast<std::size_t>(plan.slots) * b.heads;
     b.attention_in(x, rows, qkv);
-    const auto& [cos, sin, rotated] = ropes[layer.rope];
-    rope::append({qkv, width, b.heads}, {qkv + query, width, b.kv_heads},
-                 {qkv + query + b.kv_heads * b.size, width, b.kv_heads}, b.size,
-                 {reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), rotated}, true, slots, rows,
-                 {layer.k, layer.v, stack.pages, stack.page, stack.bf16});
-    const attend::Call call{qkv, width, layer.k, layer.v, out, lse + static_cast<std::size_t>(plan.slots) * b.heads,
-                            part, lse, b.heads, b.kv_heads, b.size, stack.page, read.scale, read.softcap};
-    attend::run(read.work->view(), plan, call, stack.bf16);
-    attend::join_parts(plan, call);
+    rope::append({qkv, width, b.heads}, {k, width, b.kv_heads}, {k + b.kv_heads * b.size, width, b.kv_heads}, b.size,
+                 tables[layer.rope], true, slot, rows, {layer.k, layer.v, stack.pages, stack.page, stack.bf16});
+    const Selector* selector = choosing == nullptr ? nullptr : choosing->selector[i];
+    if (selector != nullptr) selector->append(k, width, slot, rows);
+    if (selector != nullptr && choosing->shortest > selector->budget) {
+      const std::size_t choices = static_cast<std::size_t>(rows) * selector->choices;
+      std::int32_t* index = grown(index_memory, choices * selector->budget);
+      std::int32_t* count = grown(count_memory, choices);
+      selector->choose(qkv, width, rows, choosing->table, choosing->width, choosing->length, index, count);
+      const attend::Chosen chosen{qkv, width, layer.k, layer.v, choosing->table, index, count, b.heads, b.kv_heads, b.size,
+                                  static_cast<int>(stack.pages), stack.page, choosing->width, selector->choices,
+                                  selector->budget, read.scale, read.softcap};
+      if (!attend::tokens(chosen, rows, stack.bf16, out, row_lse)) return false;
+    } else {
+      const attend::Call call{qkv, width, layer.k, layer.v, out, row_lse, part, lse, b.heads, b.kv_heads, b.size,
+                              stack.page, read.scale, read.softcap};
+      attend::run(read.work->view(), plan, call, stack.bf16);
+      attend::join_parts(plan, call);
+    }
     b.attention_out(out, x, rows, x);
     b.mlp(x, rows, x);
   }
+  return true;
+}
+
+namespace {
+
+// x[rows][hidden] goes through all layers in place; keys and values are cached at `slot`.
+void stack_step(const nb::capsule& handle, Address address, int rows, Array<const std::int64_t, -1> slot,
+                const std::vector<Tables>& ropes, const std::vector<Reading>& readings) {
+  const Stack& stack = unwrap_stack(handle);
+  require(static_cast<int>(slot.shape(0)) == rows, "slot_T must name a slot per row");
+  rope::check_slots(slot.data(), rows, stack.pages, stack.page);
+  require(static_cast<int>(ropes.size()) == stack.ropes, "one pair of rotary tables per rope of the stack");
+  std::vector<Read> reads;
+  for (const auto& [schedule, scale, softcap] : readings)
+    reads.push_back({&attend::unwrap_work(schedule, attend::kSchedule), scale, softcap});
+  check_reads(stack, reads, rows);
+  std::vector<rope::Tables> tables;
+  for (const auto& [cos, sin, rotated] : ropes) {
+    require(rotated >= 0 && rotated % 2 == 0, "rotary tables need an even width");
+    tables.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), rotated});
+  }
+  for (const Stack::Layer& layer : stack.layers)
+    require(tables[layer.rope].rotated <= layer.block->size, "rotary tables are wider than a head");
+  nb::gil_scoped_release release;
+  run_stack(stack, reinterpret_cast<float*>(address), rows, slot.data(), tables, reads, nullptr);
 }
 
 HASTEN_KERNELS(m) {

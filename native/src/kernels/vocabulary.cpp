@@ -1,4 +1,6 @@
 // Passes over rows of logits (one per sequence, as wide as the vocabulary): the highest entry, and whether all are finite.
+#include "vocabulary.h"
+
 #include "hasten.h"
 #include "simd.h"
 
@@ -31,6 +33,14 @@ bool finite(const float* x, std::int64_t count) {
   for (; i < count; ++i) rest += x[i] - x[i];
   return rest == 0.0f;
 }
+
+}  // namespace
+
+std::int64_t best_token(const float* logits, std::int64_t count) {
+  return finite(logits, count) ? highest(logits, count) : -1;
+}
+
+namespace {
 
 HASTEN_KERNELS(m) {
   m.def("argmax", [](std::uintptr_t logits, std::int64_t rows, std::int64_t width, std::uintptr_t token) {

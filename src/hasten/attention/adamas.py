@@ -60,22 +60,24 @@ class Adamas(Technique):
                 f"adamas needs a head size that is a power of two and at least 8, not {size} "
                 "(the Sylvester Hadamard transform exists only there)"
             )
-        layers = context.config.num_layers
+        layers, heads = context.config.num_layers, context.config.shape.heads
         if self.fixed_cut is not None:
             cut_L = torch.full((layers,), float(self.fixed_cut))
-            return AdamasPolicy(self, layers, size, cut_L, cut_L)
+            return AdamasPolicy(self, layers, heads, size, cut_L, cut_L)
         from hasten.attention.calibration import coordinate_spread
 
         sigma_q_L, sigma_k_L = coordinate_spread(context, self.calibration_tokens)
-        return AdamasPolicy(self, layers, size, self.spread * sigma_q_L, self.spread * sigma_k_L)
+        return AdamasPolicy(self, layers, heads, size, self.spread * sigma_q_L, self.spread * sigma_k_L)
 
 
 class AdamasPolicy(AttentionPolicy):
     """The policy for one model. ``cut_q_L`` and ``cut_k_L`` are the outer cut points per layer (the inner one is 0)."""
 
-    def __init__(self, settings: Adamas, layers: int, size: int, cut_q_L: Tensor, cut_k_L: Tensor) -> None:
-        self.settings = settings
-        self.size = size
+    def __init__(
+        self, settings: Adamas, layers: int, heads: int, size: int, cut_q_L: Tensor, cut_k_L: Tensor
+    ) -> None:
+        self._settings = settings
+        self.layers, self.heads, self.size = layers, heads, size
         self.cut_q = [float(x) for x in cut_q_L]
         self.cut_k = [float(x) for x in cut_k_L]
         self.sparse = tuple(range(min(settings.dense_layers, layers), layers))
@@ -83,13 +85,41 @@ class AdamasPolicy(AttentionPolicy):
         self.row_R: Tensor | None = None
         self.length_R: Tensor | None = None
         self.table_RM: Tensor | None = None
+        self._selectors: tuple[codes.HadamardSelector | None, ...] = ()
+
+    @property
+    def settings(self) -> Adamas:
+        """What to choose by; may be changed between steps."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Adamas) -> None:
+        self._settings, self._selectors = settings, ()
 
     def sidecars(self) -> tuple[SidecarSpec, ...]:
         """Two bits per coordinate: D / 4 bytes per token and kv head."""
         return (SidecarSpec(SIDECAR, (self.size // 4,), torch.uint8, layers=self.sparse),)
 
     def bind(self, sidecars: Mapping[str, Mapping[int, Tensor]]) -> None:
-        self.codes = sidecars[SIDECAR]
+        self.codes, self._selectors = sidecars[SIDECAR], ()
+
+    def selectors(self) -> tuple[codes.HadamardSelector | None, ...]:
+        if not self._selectors:
+            self._selectors = tuple(self._selector(layer) for layer in range(self.layers))
+        return self._selectors
+
+    def _selector(self, layer: int) -> codes.HadamardSelector | None:
+        if layer not in self.codes:
+            return None
+        return codes.HadamardSelector(
+            self.codes[layer],
+            self.cut_q[layer],
+            self.cut_k[layer],
+            self.settings.budget,
+            heads=self.heads,
+            per_head=self.settings.select == "per_head",
+            corrected=self.settings.corrected,
+        )
 
     def begin_step(self, layout: StepLayout) -> None:
         """Choose the rows that are sparse in this step: decode rows whose context exceeds the budget."""

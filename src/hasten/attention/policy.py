@@ -11,13 +11,14 @@ Legend: T rows, S sequences, H query heads, G kv heads, D head size, K selected 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+from hasten.kernels.decode import Selector
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,16 @@ class AttentionPolicy(ABC):
         self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
     ) -> Selection:
         """What the rows of this step read in ``layer``."""
+
+    def selectors(self) -> Sequence[Selector | None]:
+        """The policy in native form: per layer what chooses there (see native/src/kernels/select.h), None where the
+        layer reads densely. Empty: the policy has none and is asked layer by layer.
+
+        Then steps in which every sequence brings one row may run natively without calling the other methods: a
+        policy with selectors keeps nothing but its sidecars from step to step. The same object as long as nothing
+        that they choose by has changed.
+        """
+        return ()
 
     def observe(self, layer: int, probs_THL: Tensor, layout: StepLayout) -> None:
         """Attention mass of a `DenseScores` layer, [T, H, max kv_len], zero where not visible."""

@@ -190,6 +190,11 @@ class Stack:
             first.dtype is torch.bfloat16,
         )
 
+    @property
+    def handle(self) -> Any:
+        """The native object."""
+        return self._handle
+
     def step(
         self,
         x_TE: Tensor,

@@ -12,6 +12,7 @@ N pages, P page size, M pages of a row, L longest context, K budget.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,6 +110,51 @@ def hadamard_select(
         query_RHB, codes_NGPB, table_RM, length_R, per_head, corrected, index_RXK, count_RX
     )
     return index_RXK, count_RX
+
+
+class HadamardSelector:
+    """`hadamard_append` and `hadamard_nearest` of one layer, for decoding steps that run natively as a whole.
+
+    codes_NGPB: the layer's sidecar, uint8; cut_q, cut_k: outer cut points. Raises ValueError for what does not fit.
+    """
+
+    __slots__ = ("_handle", "budget", "keep")
+
+    def __init__(
+        self,
+        codes_NGPB: Tensor,
+        cut_q: float,
+        cut_k: float,
+        budget: int,
+        *,
+        heads: int,
+        per_head: bool,
+        corrected: bool = True,
+    ) -> None:
+        codes = _address("codes_NGPB", codes_NGPB, torch.uint8, 4)
+        pages, kv_heads, page_size, code = codes_NGPB.shape
+        check_size(4 * code)
+        if budget < 1:
+            raise ValueError(f"budget must be at least 1, not {budget}")
+        self.budget, self.keep = budget, codes_NGPB
+        self._handle: Any = native().hadamard_selector(
+            codes,
+            _check_cut(cut_q),
+            _check_cut(cut_k),
+            heads,
+            kv_heads,
+            4 * code,
+            pages,
+            page_size,
+            budget,
+            per_head,
+            corrected,
+        )
+
+    @property
+    def handle(self) -> Any:
+        """The native object."""
+        return self._handle
 
 
 def hadamard_nearest(

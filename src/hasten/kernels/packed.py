@@ -47,6 +47,12 @@ class Packed:
         self._forward(self.handle, x_TI.data_ptr(), rows, y_TO.data_ptr())
         return y_TO
 
+    def row(self, output: int) -> Tensor:
+        """The weights of one output, float32 [I], dequantised. Raises ValueError where the layer cannot tell."""
+        y_I = torch.empty(self.inputs)
+        self.module.packed_row(self.handle, output, y_I.data_ptr())
+        return y_I
+
 
 def stack(parts: Sequence[Packed]) -> Packed:
     """One layer of several that share their input, outputs one after the other."""

@@ -241,7 +241,10 @@ class Engine:
             for item in work:
                 self._fail(item.sequence.request, error)
             return
-        bad = set(non_finite_rows(logits_RV))
+        best = self.runner.best
+        bad = set(
+            non_finite_rows(logits_RV) if best is None else [i for i, token in enumerate(best) if token < 0]
+        )
         rows: list[tuple[Sequence, int]] = []  # samples that take one token, and the row that says which
         guessed: list[tuple[Sequence, int]] = []
         row = 0
@@ -266,7 +269,7 @@ class Engine:
                 rows.append((sequence, first))
                 rows += [(sibling, first) for sibling in self._release_siblings(sequence)]
         if rows:
-            self._sample(rows, logits_RV)
+            self._sample(rows, logits_RV, best)
         for sequence, first in guessed:
             if sequence.draft is not None:
                 self._verify(sequence, logits_RV[first : first + len(sequence.draft.token_ids) + 1])
@@ -290,17 +293,22 @@ class Engine:
                     self.scheduler.add(sibling)
         return started
 
-    def _sample(self, rows: list[tuple[Sequence, int]], logits_RV: Tensor) -> None:
+    def _sample(
+        self, rows: list[tuple[Sequence, int]], logits_RV: Tensor, best: list[int] | None = None
+    ) -> None:
         if [row for _, row in rows] != list(range(logits_RV.shape[0])):
             logits_RV = logits_RV[[row for _, row in rows]]
         sequences = [sequence for sequence, _ in rows]
         processed_RV = logits_RV
         if any(s.processor is not None for s in sequences):
-            processed_RV = logits_RV.clone()
+            processed_RV, best = logits_RV.clone(), None
             for i, s in enumerate(sequences):
                 if s.processor is not None:
                     s.processor.apply(processed_RV[i])
-        tokens = sample(processed_RV, [s.params for s in sequences], [s.generator for s in sequences])
+        if best is not None and all(s.params.temperature == 0 for s in sequences):
+            tokens = [best[row] for _, row in rows]
+        else:
+            tokens = sample(processed_RV, [s.params for s in sequences], [s.generator for s in sequences])
         for i, (s, token) in enumerate(zip(sequences, tokens, strict=True)):
             if s.finish is not None:
                 continue

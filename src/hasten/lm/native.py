@@ -1,7 +1,8 @@
 """The decoder's layers on the native library: same calls as `DecoderLayer`, a handful of kernels per layer.
 
 Layers whose linears are all packed for the native library (`KernelLinear`) run as `NativeLayer`; a decoder with any
-other kind of linear keeps its PyTorch layers. Where nothing acts between the layers, `native_stack` runs a whole step.
+other kind of linear keeps its PyTorch layers. Where nothing acts between the layers, `NativeStack` runs a whole step.
+While the same sequences decode on the same pages, a `DecodeRound` runs it from token ids to logits.
 
 Legend: T rows, E hidden size, H query heads, G kv heads, D head size.
 """
@@ -9,16 +10,22 @@ Legend: T rows, E hidden size, H query heads, G kv heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from hasten.attention.layout import KVPages
-from hasten.kernels.block import Block, Norms, Stack
+from hasten.attention.layout import KVPages, StepLayout
+from hasten.kernels.block import Block, Norms, Reading, Stack
+from hasten.kernels.decode import Ends, Round, Selector
+from hasten.kernels.packed import Packed
 from hasten.lm.kvcache.format import KVFormat
+from hasten.models.checkpoint import QuantEmbedding
 from hasten.models.decoder import LAYER_LINEARS, Attend, Decoder, DecoderLayer
 from hasten.weights.packed import KernelLinear
+
+if TYPE_CHECKING:
+    from hasten.lm.runner import Chunk
 
 
 class Layer(Protocol):
@@ -109,3 +116,100 @@ class NativeStack:
             [self.rope_layers.index(ropes.index(rope)) for rope in ropes],
             [self.spec_layers.index(specs.index(spec)) for spec in specs],
         )
+        self.ends = _ends(decoder)
+        self.ropes = [ropes[layer] for layer in self.rope_layers]
+        self.windows = [specs[layer].window for layer in self.spec_layers]
+
+    def round(
+        self,
+        chunks: Sequence[Chunk],
+        layout: StepLayout,
+        readings: Sequence[Reading],
+        selectors: Sequence[Selector | None],
+    ) -> DecodeRound | None:
+        """What continues the step just planned, if every sequence brought one row and asked for its logits."""
+        if self.ends is None or any(rope.dynamic for rope in self.ropes):
+            return None
+        if any(len(c.token_ids) != 1 or c.logits != 1 for c in chunks):
+            return None
+        return DecodeRound(self, chunks, layout, readings, selectors)
+
+
+class DecodeRound:
+    """Steps that continue one another: the same sequences, each bringing one row, on the pages they had before and
+    the next ones."""
+
+    def __init__(
+        self,
+        native: NativeStack,
+        chunks: Sequence[Chunk],
+        layout: StepLayout,
+        readings: Sequence[Reading],
+        selectors: Sequence[Selector | None],
+    ) -> None:
+        assert native.ends is not None
+        self.ropes, self.page = native.ropes, layout.page_size
+        self.selectors = selectors
+        self.budgets = {selector.budget for selector in selectors if selector is not None}
+        self.ids = [chunk.kv.id for chunk in chunks]
+        self.pages = [chunk.kv.pages[: chunk.start // self.page + 1] for chunk in chunks]
+        parts = list(zip(readings, native.windows, strict=True))
+        self.round = Round(native.stack, native.ends, parts, layout.page_table_SM, selectors)
+
+    def run(self, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]] | None:
+        """Logits float32 [T, V] and each row's best token (-1: not finite); None if the chunks do not continue."""
+        if len(chunks) != len(self.ids):
+            return None
+        page, ids, positions, slots, lengths = self.page, [], [], [], []
+        grown: list[int] = []
+        for row, (chunk, known, pages) in enumerate(zip(chunks, self.ids, self.pages, strict=True)):
+            kv, start, count = chunk.kv, chunk.start, len(pages)
+            if kv.id != known or len(chunk.token_ids) != 1 or chunk.logits != 1 or kv.pages[:count] != pages:
+                return None
+            if chunk.embeddings_TE is not None or kv.missing is not None:
+                return None
+            at = start // page
+            if at == count and start % page == 0:
+                grown.append(row)
+            elif at + 1 != count:
+                return None
+            ids.append(chunk.token_ids[0])
+            positions.append(chunk.positions[0])
+            slots.append(kv.pages[at] * page + start % page)
+            lengths.append(start + 1)
+        if any(min(lengths) <= budget < max(lengths) for budget in self.budgets):
+            return None  # some rows choose and others do not
+        for row in grown:
+            at = len(self.pages[row])
+            self.pages[row].append(chunks[row].kv.pages[at])
+            if not self.round.extend(row, at, self.pages[row][at]):
+                return None
+        top = max(positions) + 1
+        return self.round.step(ids, positions, slots, lengths, [rope.whole(top) for rope in self.ropes])
+
+
+def _ends(decoder: Decoder) -> Ends | None:
+    """Embedding, final norm and head on the native library; None for those it does not know."""
+    config, head, embedding = decoder.config, decoder.lm_head, decoder.embed_tokens
+    norm_E = decoder.norm.weight.detach()
+    if (
+        not isinstance(head, KernelLinear)
+        or config.logit_softcap is not None
+        or norm_E.dtype is not torch.float32
+    ):
+        return None
+    table: Tensor | Packed
+    if isinstance(embedding, QuantEmbedding):
+        # The table stays as the file stores it; the head holds the same numbers where the two are tied.
+        if not (config.tie_embeddings and head.exact and head.inputs == embedding.inputs):
+            return None
+        table = head.kernel()
+    elif isinstance(embedding, nn.Embedding):
+        table = embedding.weight.detach()
+        if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
+            return None
+    else:
+        return None
+    if head.outputs != config.vocab_size:
+        return None
+    return Ends(table, norm_E, head.kernel(), scale=config.embedding_scale, eps=config.norm_eps)

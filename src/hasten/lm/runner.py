@@ -2,7 +2,8 @@
 
 Per layer: hooks -> attention (rotate, append to the pages, ask the policy, run the kernel) -> MLP. Then the logits
 of the rows somebody asked for. Without hooks and policies none of their branches is entered: then, on packed weights
-and plain pages, the whole step is one native call (see `hasten.lm.native`).
+and plain pages, all layers are one native call, and steps that only continue the one before them are one from token ids
+to logits (see `hasten.lm.native`).
 
 Where a hook drops rows or skips attention, a layer holds fewer tokens of a sequence than another layer does. Then the
 layer gets its own `StepLayout` (its lengths and slots), built once per step for all layers that agree.
@@ -26,9 +27,10 @@ from hasten.attention.layout import StepLayout
 from hasten.attention.policy import AttentionPolicy, Dense, DensePolicy
 from hasten.core.errors import UnsupportedError
 from hasten.kernels.block import Reading
+from hasten.kernels.decode import Selector
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.layers.hook import LayerHook
-from hasten.lm.native import Layer, NativeStack, native_layers
+from hasten.lm.native import DecodeRound, Layer, NativeStack, native_layers
 from hasten.models.decoder import Decoder
 
 _DENSE = Dense()
@@ -52,7 +54,11 @@ class Chunk:
 
 
 class Runner:
-    """Runs steps of one decoder. Not thread-safe; a step runs to its end."""
+    """Runs steps of one decoder. Not thread-safe; a step runs to its end.
+
+    best: the token of the highest of each row of logits of the last run, -1 where one is not finite; None if the
+    run did not look.
+    """
 
     def __init__(
         self,
@@ -69,8 +75,10 @@ class Runner:
         native = native_layers(decoder)
         self.layers: Sequence[Layer] = native or tuple(decoder.layers)  # type: ignore[arg-type]
         self._stack: NativeStack | None = None
-        if native and not self.hooks and self.policy is None and cache.format.plain:
+        if native and not self.hooks and cache.format.plain:
             self._stack = NativeStack(decoder, native, cache.format)
+        self._round: DecodeRound | None = None
+        self.best: list[int] | None = None
         count = decoder.config.num_layers
         self._hooks_at = {
             layer: found
@@ -87,18 +95,43 @@ class Runner:
         float32 [R, V] with R the sum of ``chunk.logits``, in chunk order. Every chunk's ``kv`` has a row
         (`KVCache.attach`) and reserved slots for its tokens; its length is advanced.
         """
+        self.best = None
+        if self._round is not None and (logits_RV := self._continue(self._round, chunks)) is not None:
+            return logits_RV
         step = _Step(self, chunks)
         x_TE = self._embed(chunks)
+        readings: list[Reading] | None = None
+        selectors: Sequence[Selector | None] = () if self.policy is None else self.policy.selectors()
+        if self._stack is not None and (self.policy is None or selectors):
+            readings = step.readings(self._stack)
         if self.hooks or self.policy is not None:
             x_TE = self._walk(step, x_TE)
-        elif self._stack is None or not step.run_stack(self._stack, x_TE):
+        elif self._stack is not None and readings is not None:
+            step.run_stack(self._stack, readings, x_TE)
+        else:
             for layer in self.layers:
                 x_TE = layer.mlp(layer.attention(x_TE, step.position_T, step.attend))
+        if self._stack is not None and readings is not None:
+            self._round = self._stack.round(chunks, step.layout, readings, selectors)
         step.commit()
         row_R = step.logit_rows()
         if row_R.numel() == 0:
             return torch.empty(0, self.decoder.config.vocab_size)
         return self.decoder.logits(x_TE if row_R.numel() == x_TE.shape[0] else x_TE[row_R])
+
+    def _continue(self, last: DecodeRound, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Logits of a step that goes on where the last one was; None if it does not."""
+        self._round = None  # unless the step succeeds
+        if self.policy is not None and self.policy.selectors() is not last.selectors:
+            return None
+        found = last.run(chunks)
+        if found is None:
+            return None
+        for chunk in chunks:
+            chunk.kv.length = max(chunk.kv.length, chunk.start + 1)
+        self._round = last
+        logits_TV, self.best = found
+        return logits_TV
 
     def forget(self, sequence_id: int) -> None:
         """A sequence has ended: whoever keeps state for it may drop it."""
@@ -273,21 +306,24 @@ class _Step:
 
     # -- attention ----------------------------------------------------------------------------------------------
 
-    def run_stack(self, native: NativeStack, x_TE: Tensor) -> bool:
-        """Run all layers on ``x_TE`` in place, if each of them only reads what a schedule says; whether it did."""
+    def readings(self, native: NativeStack) -> list[Reading] | None:
+        """What each kind of layer reads, if all of them read densely what a schedule says."""
         if self.lack_LS is not None:
-            return False
+            return None
         plan = self._plan(self.layout)
         readings = []
         for layer in native.spec_layers:
             spec = self.decoder.config.attention(layer)
             part = self.kernel.reading(plan, spec)
             if part is None:
-                return False
+                return None
             readings.append(Reading(part.schedule, spec.scale, spec.softcap))
+        return readings
+
+    def run_stack(self, native: NativeStack, readings: Sequence[Reading], x_TE: Tensor) -> None:
+        """Run all layers on ``x_TE`` in place."""
         tables = [self._rope(layer, self.layout) for layer in native.rope_layers]
         native.stack.step(x_TE, self.layout.slot_T, tables, readings)
-        return True
 
     def _plan(self, layout: StepLayout) -> Any:
         plan = self._plans.get(id(layout))

@@ -143,13 +143,17 @@ class Rope:
         """
         if self.dynamic:
             return self._dynamic_tables(position_T, length_T)
+        tables = self.whole(int(position_T.max()) + 1 if position_T.numel() else 0)
+        return tables[0][position_T], tables[1][position_T]
+
+    def whole(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin of at least the first ``positions`` positions, float32 [N, R]; not for ``dynamic`` scaling."""
         tables = self._tables
-        needed = int(position_T.max()) + 1 if position_T.numel() else 0
-        if tables is None or tables[0].shape[0] < needed:
-            rows = max(256, 1 << (needed - 1).bit_length())
+        if tables is None or tables[0].shape[0] < positions:
+            rows = max(256, 1 << (positions - 1).bit_length())
             tables = self._cos_sin(torch.arange(rows, dtype=torch.float32)[:, None] * self.freq_F)
             self._tables = tables  # one assignment: another thread sees the old or the new pair
-        return tables[0][position_T], tables[1][position_T]
+        return tables
 
     def _cos_sin(self, angle_TF: Tensor) -> tuple[Tensor, Tensor]:
         angle_TR = torch.cat((angle_TF, angle_TF), dim=-1)

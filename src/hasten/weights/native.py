@@ -202,4 +202,5 @@ class NativeFormat(WeightFormat):
             start += weight.outputs
             activations = finest_activations(self.activations, weight.bits, weight.group_size)
             parts.append(AffineLinear.from_weight(replace(weight, activations=activations)))
+            parts[-1].exact = True
         return parts[0] if len(parts) == 1 else StackedLinear(parts)

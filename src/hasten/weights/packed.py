@@ -19,8 +19,12 @@ from hasten.weights.format import PackedLinear
 
 class KernelLinear(PackedLinear):
     """A layer whose buffers a native kernel reads. The kernel's handle is made on first use, and again after the
-    buffers have moved (``to``, pickling, ``copy.deepcopy``)."""
+    buffers have moved (``to``, pickling, ``copy.deepcopy``).
 
+    exact: the layer holds the checkpoint's own numbers, none of them rounded again.
+    """
+
+    exact: bool = False
     _kernel: Packed | None
 
     def __init__(self, inputs: int, outputs: int) -> None:

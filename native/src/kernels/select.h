@@ -1,0 +1,36 @@
+// Which cached tokens the decode rows of a layer read: an attention policy that runs inside a native step (decode.cpp).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "hasten.h"
+
+namespace hasten {
+
+struct Selector {
+  int heads = 0, kv_heads = 0, size = 0, pages = 0, page_size = 0;
+  int budget = 0;   // tokens a choice has at most; rows that see no more read densely
+  int choices = 0;  // of a row: its kv heads or its query heads
+  virtual ~Selector() = default;
+  // The rotated keys of `rows` rows [kv_heads][size], `stride` floats apart, were cached at `slot`.
+  virtual void append(const float* k, std::int64_t stride, const std::int64_t* slot, int rows) const = 0;
+  // index[rows][choices][budget], ascending, and count[rows][choices], for rotated queries [heads][size] of rows that see
+  // `length` tokens in the pages table[rows][width]. Slots and pages have been checked.
+  virtual void choose(const float* q, std::int64_t stride, int rows, const std::int32_t* table, int width,
+                      const std::int32_t* length, std::int32_t* index, std::int32_t* count) const = 0;
+};
+
+inline constexpr const char* kSelectorName = "hasten.selector";
+
+inline nb::capsule wrap_selector(std::unique_ptr<Selector> selector) {
+  return nb::capsule(selector.release(), kSelectorName, [](void* p) noexcept { delete static_cast<Selector*>(p); });
+}
+
+inline const Selector& unwrap_selector(const nb::capsule& handle) {
+  require(std::strcmp(handle.name(), kSelectorName) == 0, "not a selector");
+  return *static_cast<const Selector*>(handle.data());
+}
+
+}  // namespace hasten
