@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -15,13 +16,16 @@ from hasten.core.errors import UnsupportedError
 from hasten.models.checkpoint import load_decoder, open_checkpoint
 from hasten.models.config import DecoderConfig, HeadShape, RopeSpec
 from hasten.models.config_hf import config_from_hf
+from hasten.models.decoder import Decoder
 from hasten.models.hf_export import (
     config_to_hf,
     export_name,
     export_norm_offset,
+    save_decoder,
     write_config,
     write_tokenizer,
 )
+from hasten.models.tokenizer import Tokenizer
 from hasten.models.tokenizer_hf import tokenizer_from_folder
 
 LLAMA = DecoderConfig(
@@ -92,6 +96,27 @@ def test_transformers_and_hasten_read_the_same_model(tmp_path: Path, config: Dec
     ids_BT = torch.arange(24)[None] * 7 % 96
     with torch.no_grad():
         assert torch.allclose(ours(ids_BT), theirs(ids_BT, use_cache=False).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_decoder_saved_is_the_decoder_read(tmp_path: Path, config: DecoderConfig) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(config)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    vocabulary = {f"token{i}": i for i in range(95)} | {"?": 95}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    save_decoder(tmp_path, decoder, Tokenizer(backend, bos_id=1, eos_ids=(2, 3)))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config == config
+    read = load_decoder(checkpoint).state_dict()
+    assert read.keys() == decoder.state_dict().keys()
+    for name, value in decoder.state_dict().items():
+        assert torch.allclose(read[name], value, rtol=0, atol=1e-6 if "norm" in name else 0), name
+    assert checkpoint.tokenizer().bos_id == 1
 
 
 def test_what_the_format_cannot_hold_is_refused() -> None:

@@ -9,6 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hasten.core import fetch as fetch_module
 from hasten.core.errors import FetchError, IntegrityError, ModelError, ModelFormatError, UnknownNameError
 from hasten.core.fetch import Asset, Member
 from hasten.models import store
-from hasten.models.known import DEFAULT_MODEL, KnownModel, known_models
+from hasten.models.known import DEFAULT_MODEL, KnownModel, Recipe, known_models
 from hasten.models.store import entries, pull, remove, resolve
 
 BYTES = b"GGUF" + bytes(range(256)) * 40
@@ -57,10 +58,14 @@ def test_the_table_is_pinned_and_complete():
     table = known_models()
     assert DEFAULT_MODEL in table
     for name, model in table.items():
-        assert re.fullmatch(r"[0-9a-f]{64}", model.asset.sha256), name
         assert model.asset.size > 10**6
-        assert model.file.endswith(".gguf")
         assert model.license
+        if isinstance(model.asset, Recipe):
+            assert model.file == "model"
+            assert model.asset.load().__module__.startswith("hasten.train.")
+            continue
+        assert re.fullmatch(r"[0-9a-f]{64}", model.asset.sha256), name
+        assert model.file.endswith(".gguf")
         for member in model.asset.members:
             assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+", member.requirement)
             assert "{" not in member.path
@@ -127,6 +132,84 @@ def test_an_unfinished_pull_is_listed_and_removable(tiny, hasten_home):
     assert state("tiny") == "partial"
     assert remove("tiny") == 4
     assert not folder.exists()
+
+
+TRAINED = Recipe("tiny-trained", "nowhere:train", 8)
+
+
+@pytest.fixture
+def trained(hasten_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One known model, trained here in no time; where it will lie."""
+    model = KnownModel(
+        "tiny-trained", "A tiny model", "model", "Apache-2.0", "training takes a minute", TRAINED
+    )
+    monkeypatch.setattr(store, "known_models", lambda: {model.name: model})
+
+    def train(target: Path, quiet: bool = False) -> None:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"8 bytes!")
+
+    monkeypatch.setattr(Recipe, "load", lambda self: train)
+    return hasten_home / "models" / "tiny-trained" / "model"
+
+
+def test_a_trained_model_is_trained_only_when_pulled(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"training takes a minute; run `hasten models pull tiny-trained`"):
+        resolve("tiny-trained")
+    assert state("tiny-trained") == "absent"
+    assert pull("tiny-trained", quiet=True) == trained
+    assert state("tiny-trained") == "pulled"
+    assert resolve("tiny-trained", allow_pull=False) == trained
+    monkeypatch.setattr(Recipe, "load", None)
+    assert pull("tiny-trained") == trained
+
+
+def test_a_trained_model_is_partial_while_it_trains_and_damaged_when_cut(trained: Path) -> None:
+    trained.with_name("model.partial").mkdir(parents=True)
+    assert state("tiny-trained") == "partial"
+    pull("tiny-trained", quiet=True)
+    for spoil in (lambda file: file.write_bytes(b"7 bytes"), Path.unlink):
+        spoil(trained / "model.safetensors")
+        assert state("tiny-trained") == "damaged"
+        with pytest.raises(IntegrityError, match="hasten models remove tiny-trained"):
+            pull("tiny-trained", quiet=True)
+    remove("tiny-trained")
+    assert state("tiny-trained") == "absent"
+
+
+def test_two_pulls_train_once(trained: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    begun, go = threading.Event(), threading.Event()
+    made = []
+
+    def train(target: Path, quiet: bool = False) -> None:
+        begun.set()
+        assert go.wait(30)
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"8 bytes!")
+        made.append(target)
+
+    monkeypatch.setattr(Recipe, "load", lambda self: train)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(pull, "tiny-trained")
+        assert begun.wait(30)
+        second = pool.submit(pull, "tiny-trained")
+        while "another process is at work on it" not in capfd.readouterr().err:
+            assert not second.done()
+        go.set()
+        assert first.result() == second.result() == trained
+    assert made == [trained]
+
+
+def test_a_trained_model_cannot_come_from_a_file_or_be_written_nowhere(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="trained, not fetched"):
+        pull("tiny-trained", source=tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HASTEN_HOME", str(tmp_path))
+    (tmp_path / "models").write_text("")
+    with pytest.raises(FetchError, match="set HASTEN_HOME to another folder"):
+        pull("tiny-trained", quiet=True)
 
 
 def test_pull_from_a_file(tiny, tmp_path, monkeypatch):

@@ -83,6 +83,12 @@ class ArtefactError(HastenError):
     exit_code = 4
 
 
+class TrainingError(HastenError):
+    """A training run that cannot go on: its loss is no longer finite, or its state cannot be written."""
+
+    exit_code = 4
+
+
 class RequestError(HastenError):
     """A generation request that cannot be served: empty, too long, impossible limits."""
 

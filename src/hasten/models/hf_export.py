@@ -12,10 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from hasten.core.errors import UnsupportedError
-from hasten.models.checkpoint import Checkpoint
+from hasten.models.checkpoint import FUSED, Checkpoint
 from hasten.models.config import DecoderConfig, RopeSpec
 from hasten.models.config_hf import ACTIVATIONS, ARCHITECTURES, config_from_hf
+from hasten.models.decoder import Decoder
 from hasten.models.hf import HFCheckpoint, standard_name
 from hasten.models.rope import scaling_kind
 from hasten.models.tokenizer import Tokenizer
@@ -123,12 +127,52 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
             if (checkpoint.path / name).exists():
                 shutil.copyfile(checkpoint.path / name, folder / name)
         return
-    tokenizer = checkpoint.tokenizer()
+    _save_tokenizer(folder, checkpoint.tokenizer(), checkpoint.config)
+
+
+def save_decoder(folder: Path, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    """Write a trained decoder into an existing folder: configuration, tokenizer, ``model.safetensors`` in float32.
+
+    The fused linears are cut into the tensors of the family's layout. Raises `UnsupportedError` for a configuration
+    that the format cannot hold.
+    """
+    config = decoder.config
+    tensors: dict[str, Tensor] = {}
+    state = decoder.state_dict()
+    for module, parts in _modules(config).items():
+        start = 0
+        for part, rows in parts:
+            for kind in ("weight", "bias"):
+                if (whole := state.get(f"{module}.{kind}")) is not None:
+                    piece = whole[start : start + rows].float()
+                    offset = export_norm_offset(config) if part.rpartition(".")[2].endswith("norm") else 0.0
+                    name = f"{export_name(part, config)}.{kind}"
+                    tensors[name] = (piece - offset if offset else piece).contiguous()
+            start += rows
+    _write_json(folder / "config.json", config_to_hf(config) | {"torch_dtype": "float32"})
+    _save_tokenizer(folder, tokenizer, config)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _modules(config: DecoderConfig) -> dict[str, list[tuple[str, int]]]:
+    """The decoder's modules, each with the checkpoint's modules it is made of and their rows, in order."""
+    fused = {part: whole for whole, parts in FUSED.items() for part in parts}
+    out: dict[str, list[tuple[str, int]]] = {}
+    for name, shape in config.tensor_shapes().items():
+        part, _, kind = name.rpartition(".")
+        if kind == "weight":
+            parent, _, leaf = part.rpartition(".")
+            module = f"{parent}.{fused[leaf]}" if leaf in fused else part
+            out.setdefault(module, []).append((part, shape[0]))
+    return out
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer, config: DecoderConfig) -> None:
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": tokenizer.adds_bos,
-        "model_max_length": checkpoint.config.max_positions,
+        "model_max_length": config.max_positions,
         "clean_up_tokenization_spaces": False,
         **_special_tokens(tokenizer),
     }

@@ -1,6 +1,7 @@
 """The model store: from what a user writes as ``model`` to a path that `open_checkpoint` reads.
 
     resolve("smollm2-135m-instruct")     a known model (see known.toml), pulled into the cache when missing
+    resolve("documentation-14m")         one that `hasten models pull` trains on this machine
     resolve("./my-model")                a folder in Hugging Face layout (safetensors)
     resolve("model.gguf")                a GGUF file
     resolve("org/name")                  a Hugging Face id, pulled when the hub can be reached
@@ -17,12 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hasten.core.errors import FetchError, ModelError, ModelFormatError, UnknownNameError
-from hasten.core.fetch import fetch, human_bytes
+from rich.console import Console
+
+from hasten.core.errors import FetchError, IntegrityError, ModelError, ModelFormatError, UnknownNameError
+from hasten.core.fetch import Asset, fetch, human_bytes, locked
 from hasten.core.paths import models_home
-from hasten.models.known import KnownModel, known_models
+from hasten.models.known import KnownModel, Recipe, known_models
 
 State = Literal["pulled", "partial", "damaged", "absent"]
+TRAINED_WEIGHTS = "model.safetensors"
 
 # Weights as safetensors, configuration and tokenizer as JSON; no pattern matches a pickle (*.bin, *.pt).
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*")
@@ -81,19 +85,27 @@ def resolve(name_or_path: str | Path, allow_pull: bool = True) -> Path:
 
 
 def pull(name: str, source: Path | None = None, quiet: bool = False) -> Path:
-    """Fetch a known model or Hugging Face id into the store and return its path; no-op when it is there.
+    """Fetch (or train) a known model or fetch a Hugging Face id into the store; return its path. No-op if it is there.
 
-    ``source``: for a known model, take the bytes from this file instead of the network.
+    ``source``: for a known model that is fetched, take the bytes from this file instead of the network.
     """
     model = known_models().get(name)
     if model is not None:
-        return fetch(model.asset, known_path(model), source=source, quiet=quiet)
+        if isinstance(model.asset, Asset):
+            return fetch(model.asset, known_path(model), source=source, quiet=quiet)
+        if source is not None:
+            raise ModelError(f"{name} is trained, not fetched: it cannot be taken --from a file")
+        return _train(model, model.asset, quiet)
     if not _HUB_ID.fullmatch(name):
         raise UnknownNameError(
             "model", name, known_models(), "pull a name of `hasten models list` or a Hugging Face id"
         )
     if source is not None:
-        raise ModelError(f"--from works for known models only; use the local path itself instead of {name!r}")
+        raise ModelError(
+            f"--from works for fetched models only; use the local path itself instead of {name!r}"
+        )
+    if model is not None:
+        return _train(model, model.asset, quiet)
     return _pull_hub(name)
 
 
@@ -131,10 +143,12 @@ def known_path(model: KnownModel) -> Path:
 
 def _known_entry(model: KnownModel) -> Entry:
     path = known_path(model)
+    weights = path / TRAINED_WEIGHTS if isinstance(model.asset, Recipe) else path
     state: State = "absent"
-    if path.is_file():
-        state = "pulled" if path.stat().st_size == model.asset.size else "damaged"
-    elif path.with_name(path.name + ".partial").is_file():
+    if path.exists():
+        whole = weights.is_file() and weights.stat().st_size == model.asset.size
+        state = "pulled" if whole else "damaged"
+    elif path.with_name(path.name + ".partial").exists():
         state = "partial"
     return Entry(
         name=model.name,
@@ -160,6 +174,26 @@ def _resolve_known(model: KnownModel, allow_pull: bool) -> Path:
     if not allow_pull:
         raise ModelError(f"{model.name} is not pulled ({entry.state}); run {command}")
     return pull(model.name)
+
+
+def _train(model: KnownModel, recipe: Recipe, quiet: bool) -> Path:
+    target = known_path(model)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target, model.name, Console(stderr=True, quiet=quiet)):
+            if not target.exists():
+                recipe.load()(target, quiet)
+    except OSError as error:
+        raise FetchError(
+            f"{model.name}: cannot read or write {error.filename or target.parent}: {error.strerror or error}; "
+            f"training needs {human_bytes(8 * recipe.size)}; free some space or set HASTEN_HOME to another folder"
+        ) from None
+    if _known_entry(model).state != "pulled":
+        raise IntegrityError(
+            f"{target} is damaged: its {TRAINED_WEIGHTS} is missing or not {recipe.size} bytes long; run "
+            f"`hasten models remove {model.name}`, then pull it again"
+        )
+    return target
 
 
 def _check_file(path: Path) -> Path:
