@@ -101,11 +101,7 @@ def pull(name: str, source: Path | None = None, quiet: bool = False) -> Path:
             "model", name, known_models(), "pull a name of `hasten models list` or a Hugging Face id"
         )
     if source is not None:
-        raise ModelError(
-            f"--from works for fetched models only; use the local path itself instead of {name!r}"
-        )
-    if model is not None:
-        return _train(model, model.asset, quiet)
+        raise ModelError(f"--from works for known models only; use the local path itself instead of {name!r}")
     return _pull_hub(name)
 
 
