@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.core.errors import SettingError
-from hasten.train.data.vocabulary import END_OF_TEXT, train_vocabulary
+from hasten.train.data.vocabulary import END_OF_TEXT, END_OF_TEXT_ID, train_vocabulary
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, the dog sleeps", "naïve façade — 你好 你好"] * 3
 
@@ -15,7 +15,7 @@ TEXTS = ["the quick brown fox jumps over the lazy dog, the dog sleeps", "naïve 
 def test_learns_frequent_words_and_has_the_size_asked_for() -> None:
     vocabulary = train_vocabulary(TEXTS, 300)
     assert vocabulary.get_vocab_size() == 300
-    assert vocabulary.token_to_id(END_OF_TEXT) == 0
+    assert vocabulary.token_to_id(END_OF_TEXT) == END_OF_TEXT_ID == 0
     assert len(vocabulary.encode(" the").ids) == 1
     assert vocabulary.encode(f"a{END_OF_TEXT}b").ids.count(0) == 1
 

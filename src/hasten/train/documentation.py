@@ -25,7 +25,7 @@ from hasten.models.decoder import Decoder
 from hasten.models.hf_export import save_decoder
 from hasten.models.tokenizer import Tokenizer
 from hasten.train.data.packed import PackedTokens, Stage
-from hasten.train.data.vocabulary import END_OF_TEXT, train_vocabulary
+from hasten.train.data.vocabulary import END_OF_TEXT_ID, train_vocabulary
 from hasten.train.evaluate import held_out_loss, unigram_loss
 from hasten.train.optimizer import AdamWSettings
 from hasten.train.progress import TrainingBar
@@ -86,7 +86,8 @@ def train_recipe(recipe: Recipe, target: Path, quiet: bool = False) -> None:
     work.mkdir(parents=True, exist_ok=True)
     documentation = recipe.corpus()
     vocabulary = _vocabulary(recipe, documentation, work / "tokenizer.json")
-    tokens = {split: _tokens(documentation, split, vocabulary) for split in ("train", "validation", "test")}
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    tokens = {split: _tokens(documentation, split, vocabulary) for split in splits}
     trainer = Trainer(
         recipe.config, recipe.settings, tokens["train"], tokens["validation"].head(*recipe.watched), work
     )
@@ -115,7 +116,7 @@ def _tokens(documentation: Corpus, split: Split, vocabulary: tokenizers.Tokenize
         return [encoding.ids for encoding in vocabulary.encode_batch(texts, add_special_tokens=False)]
 
     texts = (document.text for document in documentation.documents(split))
-    return PackedTokens.pack(texts, encode, vocabulary.token_to_id(END_OF_TEXT))
+    return PackedTokens.pack(texts, encode, END_OF_TEXT_ID)
 
 
 def _record(
@@ -155,6 +156,6 @@ def _write(
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    end = vocabulary.token_to_id(END_OF_TEXT)
+    end = END_OF_TEXT_ID
     save_decoder(folder, decoder, Tokenizer(vocabulary, bos_id=end, eos_ids=(end,), where=recipe.name))
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -155,7 +155,7 @@ class Trainer:
             group["lr"] = rate
         loss = next_token_loss(self.decoder, batch(self.tokens, settings.stages, settings.seed, step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.clip_grad_norm_(self.decoder.parameters(), settings.optimizer.clip))
         value = float(loss.detach())
         if not (math.isfinite(value) and math.isfinite(norm)):

@@ -10,11 +10,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from hasten.core.errors import SettingError
 
 END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
 _BYTES = 256
 
 
 def train_vocabulary(texts: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """Learn exactly ``size`` entries: `END_OF_TEXT` (id 0), the 256 bytes, the most frequent merges.
+    """Learn exactly ``size`` entries: `END_OF_TEXT` (first), the 256 bytes, the most frequent merges.
 
     Every text can be encoded and decodes to itself. The same texts give the same vocabulary. Raises `SettingError`
     when ``size`` cannot hold the bytes, or the texts are too small or too uniform to fill it.
