@@ -168,6 +168,7 @@ def test_a_trained_model_is_partial_while_it_trains_and_damaged_when_cut(trained
     trained.with_name("model.partial").mkdir(parents=True)
     assert state("tiny-trained") == "partial"
     pull("tiny-trained", quiet=True)
+    assert not trained.with_name("model.partial").exists()
     for spoil in (lambda file: file.write_bytes(b"7 bytes"), Path.unlink):
         spoil(trained / "model.safetensors")
         assert state("tiny-trained") == "damaged"

@@ -71,7 +71,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_is_complete_and_says_where_it_comes_from(folder: Path) -> None:
-    assert not folder.with_name("model.partial").exists()
     record = json.loads((folder / "training.json").read_text())
     assert record["corpus"] == {"name": "made-up", "sha256": "0" * 64}
     assert (record["steps"], record["tokens"], record["seed"]) == (34, 30 * 64 + 4 * 64, 0)
@@ -141,6 +140,7 @@ def test_the_model_is_trained_when_pulled_and_then_used_by_name(
         == hasten_home / "models" / "tiny-trained" / "model"
         == store.resolve(model.name, allow_pull=False)
     )
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model", "model.lock"]
     monkeypatch.setattr(Trained, "load", None)  # not trained again
     assert store.pull(model.name) == path
     llm = hasten.LLM(model.name, dtype="float32")

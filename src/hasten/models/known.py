@@ -20,7 +20,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 class Train(Protocol):
     """Trains a model into the folder ``target``, which appears at once when all is done.
 
-    Unfinished work lies in ``target`` + ``.partial``, and a later call goes on from there. The caller holds the lock.
+    Unfinished work lies in the folder ``target`` + ``.partial``, and a later call goes on from there. The caller holds
+    the lock, and removes that folder in the end.
     """
 
     def __call__(self, target: Path, quiet: bool = False) -> None: ...

@@ -144,7 +144,7 @@ def _known_entry(model: KnownModel) -> Entry:
     if path.exists():
         whole = weights.is_file() and weights.stat().st_size == model.asset.size
         state = "pulled" if whole else "damaged"
-    elif path.with_name(path.name + ".partial").exists():
+    elif _partial(path).exists():
         state = "partial"
     return Entry(
         name=model.name,
@@ -155,6 +155,11 @@ def _known_entry(model: KnownModel) -> Entry:
         title=model.title,
         path=str(path) if state == "pulled" else None,
     )
+
+
+def _partial(path: Path) -> Path:
+    """Where an unfinished fetch or training keeps what it has."""
+    return path.with_name(path.name + ".partial")
 
 
 def _resolve_known(model: KnownModel, allow_pull: bool) -> Path:
@@ -179,6 +184,7 @@ def _train(model: KnownModel, recipe: Recipe, quiet: bool) -> Path:
         with locked(target, model.name, Console(stderr=True, quiet=quiet)):
             if not target.exists():
                 recipe.load()(target, quiet)
+            shutil.rmtree(_partial(target), ignore_errors=True)
     except OSError as error:
         raise FetchError(
             f"{model.name}: cannot read or write {error.filename or target.parent}: {error.strerror or error}; "

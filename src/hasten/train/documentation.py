@@ -78,8 +78,8 @@ def train(target: Path, quiet: bool = False) -> None:
 def train_recipe(recipe: Recipe, target: Path, quiet: bool = False) -> None:
     """Train a recipe and write a Hugging Face folder ``target``, which appears at once when all is done.
 
-    State lies in ``target`` + ``.partial``; a killed run goes on from there. The caller holds the lock. quiet: no
-    progress bar. ``training.json`` in the folder records seed, corpus, settings, curve and final held-out loss.
+    State lies in ``target`` + ``.partial``; a killed run goes on from there. The caller holds the lock and removes
+    that folder in the end. quiet: no progress bar. ``training.json`` in the folder records seed, corpus, settings, curve and final held-out loss.
     Raises what `Trainer` raises, and `FetchError` when the corpus cannot be had.
     """
     work = target.with_name(target.name + ".partial")
@@ -97,7 +97,6 @@ def train_recipe(recipe: Recipe, target: Path, quiet: bool = False) -> None:
     record = _record(recipe, documentation, trainer, tokens)
     _write(recipe, decoder, vocabulary, record, work / "finished")
     os.rename(work / "finished", target)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _vocabulary(recipe: Recipe, documentation: Corpus, file: Path) -> tokenizers.Tokenizer:
