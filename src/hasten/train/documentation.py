@@ -79,8 +79,8 @@ def train_recipe(recipe: Recipe, target: Path, quiet: bool = False) -> None:
     """Train a recipe and write a Hugging Face folder ``target``, which appears at once when all is done.
 
     State lies in ``target`` + ``.partial``; a killed run goes on from there. The caller holds the lock and removes
-    that folder in the end. quiet: no progress bar. ``training.json`` in the folder records seed, corpus, settings, curve and final held-out loss.
-    Raises what `Trainer` raises, and `FetchError` when the corpus cannot be had.
+    that folder in the end. quiet: no progress bar. ``training.json`` in the folder records seed, corpus, settings,
+    curve and final held-out loss. Raises what `Trainer` raises, and `FetchError` when the corpus cannot be had.
     """
     work = target.with_name(target.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
