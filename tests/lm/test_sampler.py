@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from hasten.kernels import vocabulary
 from hasten.lm.request import SamplingParams
-from hasten.lm.sampler import draw, generator_for, non_finite_rows, sample, token_logprobs, truncate
+from hasten.lm.sampler import generator_for, non_finite_rows, sample, token_logprobs, truncate
 
 
 def rows(count: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -78,6 +79,13 @@ def test_a_row_does_not_depend_on_the_others():
 
 def streams(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def draw(logits: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    """A token per row from softmax(logits)."""
+    count = len(stream)
+    off = (torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.float64))
+    return vocabulary.sample(logits, torch.ones(count), *off, torch.full((count,), float("-inf")), stream)
 
 
 @pytest.mark.parametrize("excluded", [False, True])

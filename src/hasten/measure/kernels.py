@@ -26,7 +26,7 @@ from hasten.kernels.attention import attend_tokens
 from hasten.kernels.block import gated, rms_norm
 from hasten.kernels.peak import Peak
 from hasten.kernels.rope import rope_append
-from hasten.kernels.vocabulary import argmax
+from hasten.kernels.vocabulary import argmax, sample
 from hasten.weights.affine import AffineLinear, round_to_nearest
 from hasten.weights.dense import DenseLinear
 from hasten.weights.packed import KernelLinear
@@ -258,7 +258,6 @@ def _codes() -> Iterator[Case]:
 def _small() -> Iterator[Case]:
     for rows in (1, 512):
         x_TE, both_TI2 = torch.randn(rows, HIDDEN), torch.randn(rows, 2 * INNER)
-        logits_RV = torch.randn(min(rows, 32), VOCABULARY)
         layout, pages = _layout(1, rows, max(rows, PAGE)), _pool(-(-max(rows, PAGE) // PAGE))
         q, k = torch.randn(rows, SHAPE.heads, SHAPE.size), torch.randn(rows, SHAPE.kv_heads, SHAPE.size)
         turn_TR = torch.randn(rows, SHAPE.size)
@@ -277,8 +276,37 @@ def _small() -> Iterator[Case]:
         yield Case("gated", f"{rows} x {INNER}", partial(gated, both_TI2), 12 * size, 20 * size)
         moved = 8.0 * (q.numel() + 2 * k.numel())
         yield Case("rope_append", f"{rows} rows, {HEADS}", rope, moved, 6.0 * (q.numel() + k.numel()))
-        size = float(logits_RV.numel())
-        yield Case("argmax", f"{len(logits_RV)} x {VOCABULARY}", partial(argmax, logits_RV), 4 * size, size)
+
+
+def _vocabulary() -> Iterator[Case]:
+    for rows in (1, 32):
+        logits_RV, stream_R = 3 * torch.randn(rows, VOCABULARY), torch.arange(rows)
+        size, shape = float(logits_RV.numel()), f"{rows} x {VOCABULARY}"
+        yield Case("argmax", shape, partial(argmax, logits_RV), 4 * size, size)
+
+        def draw(
+            top_k: int = 0,
+            top_p: float = 1.0,
+            min_p: float = 0.0,
+            logits_RV: torch.Tensor = logits_RV,
+            stream_R: torch.Tensor = stream_R,
+        ) -> object:
+            return sample(
+                logits_RV,
+                torch.ones(len(logits_RV)),
+                torch.full_like(stream_R, top_k),
+                torch.full((len(logits_RV),), top_p, dtype=torch.float64),
+                torch.full((len(logits_RV),), min_p).log_(),
+                stream_R,
+            )
+
+        for name, settings in (
+            ("sample", {}),
+            ("sample, top-k 50", {"top_k": 50}),
+            ("sample, top-p 0.9", {"top_p": 0.9}),
+            ("sample, min-p 0.05", {"min_p": 0.05}),
+        ):
+            yield Case(name, shape, partial(draw, **settings), 4 * size, size)
 
 
 CASES: tuple[tuple[str, Callable[[], Iterator[Case]]], ...] = (
@@ -293,4 +321,5 @@ CASES: tuple[tuple[str, Callable[[], Iterator[Case]]], ...] = (
     ("attend_tokens", _attend_tokens),
     ("codes", _codes),
     ("small", _small),
+    ("vocabulary", _vocabulary),
 )
