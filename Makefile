@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs native sanitize clean peers
+.PHONY: demo test lint docs native sanitize soak-engine clean peers
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZE)/src \
 	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider -n 2
+
+# Ten thousand random requests, each against its run alone (some ten minutes).
+soak-engine: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/lm/lm_soak.py --requests 10000
 
 # Other engines to measure against, each in an environment of its own. llama.cpp compiles for some minutes, once.
 PEERS ?= .peers

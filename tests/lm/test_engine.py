@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import random
 import time
 
 import pytest
@@ -405,56 +404,6 @@ def test_a_hook_that_skips_a_layer_still_shares_prefixes(make_llm):
     assert again.token_ids == first.token_ids
     assert again.cached_tokens == 16
     idle(llm)
-
-
-@pytest.mark.parametrize(("seed", "pages"), [(0, 34), (1, 24), (2, 28)])
-def test_random_requests_leak_nothing_and_say_what_they_say_alone(make_llm, seed, pages):
-    """A hundred requests per case: mixed lengths, samples, seeds, shared prefixes, cancels, too small a pool."""
-    rng = random.Random(seed)
-    shared = [ids_of(24, 100 + i) for i in range(3)]
-    llm = make_llm(kv_tokens=pages * 4, max_batch=6, max_step_tokens=20)
-    alone = make_llm(kv_tokens=400, max_batch=2, max_step_tokens=200, prefix_cache=False)
-    live, everything = [], []
-    while len(everything) < 100 or llm.engine.busy:
-        if len(everything) < 100 and rng.random() < 0.7:
-            prompt = (rng.choice(shared)[: rng.randrange(0, 25)] if rng.random() < 0.6 else []) + ids_of(
-                rng.randrange(1, 40), rng.randrange(1000)
-            )
-            wanted = params(
-                rng.randrange(1, 16),
-                temperature=rng.choice([0, 0, 0.8, 1.2]),
-                seed=rng.randrange(100),
-                n=rng.choice([1, 1, 1, 2, 3]),
-                top_k=rng.choice([0, 20]),
-                presence_penalty=rng.choice([0.0, 0.5]),
-            )
-            request = llm.engine.submit(prompt, wanted, priority=rng.choice([0, 0, 1]))
-            live.append(request)
-            everything.append(request)
-        llm.engine.step()
-        if live and rng.random() < 0.08:
-            llm.engine.cancel(rng.choice(live))
-        live = [r for r in live if not r.done]
-        held = {p for s in llm.engine.scheduler.running for p in s.kv.pages}
-        assert llm.engine.cache.pool.used >= len(held)
-    idle(llm)
-    finished = cancelled = 0
-    for request in everything:
-        want = alone.generate([list(request.prompt.token_ids)], request.params)[0]
-        for got, expected in zip(request.completion().samples, want.samples, strict=True):
-            if got.finish is FinishReason.CANCELLED:
-                cancelled += 1
-                assert got.token_ids == expected.token_ids[: len(got.token_ids)]
-            else:
-                finished += 1
-                assert (got.token_ids, got.text, got.finish) == (
-                    expected.token_ids,
-                    expected.text,
-                    expected.finish,
-                )
-    assert finished > 80
-    assert cancelled > 0
-    assert sum(r.ledger.preemptions for r in everything) > 0
 
 
 def test_step_time_of_a_waiting_crowd_is_small(make_llm):
