@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from hasten.core.errors import RequestError
 from hasten.core.plan import Plan
 from hasten.core.technique import Technique
 from hasten.lm.decoding.speculate import Drafter, Proposal
@@ -158,7 +159,11 @@ def _submit(
         if after is not None and request is not None and request.ledger.generated >= after:
             engine.cancel(request)
 
-    request = engine.submit(prompt, params, priority=rng.choice([0, 0, 0, 1]), on_delta=listen)
+    priority = rng.choice([0, 0, 0, 1])
+    try:
+        request = engine.submit(prompt, params, priority=priority, on_delta=listen)
+    except RequestError:  # more samples than there are pages
+        request = engine.submit(prompt, replace(params, n=1), priority=priority, on_delta=listen)
     return request
 
 
@@ -185,7 +190,11 @@ def _fork(engine: Engine, rng: random.Random, source: Request) -> Request:
     room = CONTEXT - 1 - len(source.sequences[sample].token_ids)
     if room < 0:  # the source has filled its context
         return _submit(engine, rng, [[]], [], source.params.temperature == 0)
-    return engine.fork(source, sample=sample, append=_ids(rng, min(room, rng.choice([0, 1, 5]))))
+    append = _ids(rng, min(room, rng.choice([0, 1, 5])))
+    try:
+        return engine.fork(source, sample=sample, append=append)
+    except RequestError:
+        return engine.fork(source, replace(source.params, n=1), sample=sample, append=append)
 
 
 def _owned(engine: Engine) -> None:
