@@ -81,7 +81,12 @@ _ALL = (
     ),
     _later("lm", "unmask_policy", "which masked positions a diffusion language model commits"),
     _later("lm", "orchestration", "which requests a job becomes", exclusive=False),
-    _later("lm", "model_surgery", "which weights, blocks or neurons the model keeps", exclusive=False),
+    _lm(
+        "model_surgery",
+        "which weights, blocks or neurons the model keeps",
+        "hasten.models.surgery:ModelSurgery",
+        exclusive=False,
+    ),
     _later("lm", "serving", "what happens outside the model", exclusive=False),
     _later("train", "data_selection", "which examples are trained on", exclusive=False),
     _later("train", "batch_composition", "which examples share a micro-batch, and in what layout"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hasten.models import store
 from hasten.models.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from hasten.models.context import BuildContext
 from hasten.models.decoder import Decoder
+from hasten.models.surgery import ModelSurgery
 from hasten.models.tokenizer import Tokenizer
 from hasten.weights.format import WeightFormat
 
@@ -63,6 +64,20 @@ class Providers:
         """The provider of an exclusive slot, or None."""
         found = self.all(slot)
         return found[0] if found else None
+
+    def operate(self) -> BuildContext:
+        """Let the plan's model surgery change the checkpoint, in plan order; every later provider sees the result."""
+        for technique in self.plan.filling("model_surgery"):
+            surgery: ModelSurgery = self._provide("model_surgery", technique)
+            checkpoint = surgery.apply(self.context.checkpoint)
+            root = self.context.artefacts.root
+            self.context = replace(
+                self.context,
+                checkpoint=checkpoint,
+                config=checkpoint.config,
+                artefacts=ArtefactStore(root, checkpoint.fingerprint),
+            )
+        return self.context
 
     def _provide(self, slot: str, technique: Any) -> Any:
         provider = technique.provide(slot, self.context)
@@ -101,6 +116,8 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         calibration=calibration,
     )
     providers = Providers(plan, context)
+    context = providers.operate()
+    checkpoint, config = context.checkpoint, context.config
     if plan.filling("expert_router"):
         raise UnsupportedError(
             f"{config.family} models have no experts to route to; remove the expert router"

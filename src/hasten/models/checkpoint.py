@@ -9,13 +9,15 @@ Legend: O outputs, I inputs, B bytes, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +82,14 @@ def _stack(parts: list[Tensor]) -> Tensor:
 
 
 class Checkpoint(ABC):
-    """The weights of one model as stored in ``path``. Readers implement `stored` and the abstract members."""
+    """The weights of one model as stored in ``path``. Readers implement `stored` and the abstract members.
+
+    kept: with blocks left out (`keeping`), the file's numbers of the layers, in order; None when all are there.
+    """
 
     path: Path
     config: DecoderConfig
+    kept: tuple[int, ...] | None = None
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
@@ -127,6 +133,30 @@ class Checkpoint(ABC):
                         stream.seek((size - min(size, _SAMPLE)) * index // 63)
                         digest.update(stream.read(_SAMPLE))
         return digest.hexdigest()
+
+    def keeping(self, layers: Sequence[int]) -> Self:
+        """The same model with only ``layers`` (ascending), renumbered from 0; a view that copies no weights.
+
+        Its `config` and `fingerprint` are those of the smaller model. Raises `ModelError` as `DecoderConfig.keeping`.
+        """
+        config = self.config.keeping(layers)
+        if config.num_layers == self.config.num_layers:
+            return self
+        view = copy.copy(self)
+        view.__dict__.pop("_shapes", None)
+        view.config, view.kept = config, tuple(self._file_layer(layer) for layer in layers)
+        whole = self.fingerprint
+        view.__dict__["fingerprint"] = hashlib.sha256(f"{whole} layers {list(layers)}".encode()).hexdigest()
+        return view
+
+    def _file_layer(self, layer: int) -> int:
+        return layer if self.kept is None else self.kept[layer]
+
+    def in_file(self, name: str) -> str:
+        """The name with the file's layer number: what a reader looks up (``layers.3.q_proj`` if 2 was left out)."""
+        if self.kept is None:
+            return name
+        return re.sub(r"^layers\.(\d+)\.", lambda found: f"layers.{self._file_layer(int(found[1]))}.", name)
 
     def has(self, name: str) -> bool:
         """Whether `tensor` would find ``name``."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from hasten.core.errors import ModelError
 
 MAX_LAYERS = 4096
 """More than any model has: a larger number is a damaged file, refused before it costs memory."""
@@ -83,6 +86,17 @@ class DecoderConfig:
     def rope_of(self, layer: int) -> RopeSpec:
         """The rotary embedding of ``layer``."""
         return self.local_rope if self.local_rope is not None and self.slides(layer) else self.rope
+
+    def keeping(self, layers: Sequence[int]) -> DecoderConfig:
+        """The shape with only ``layers``, renumbered in order; what belongs to a layer (its window) stays with it.
+
+        Raises `ModelError` unless ``layers`` are ascending layers of this model, at least one.
+        """
+        given = list(layers)
+        if not given or given != sorted(set(given)) or given[0] < 0 or given[-1] >= self.num_layers:
+            raise ModelError(f"layers to keep must ascend within 0..{self.num_layers - 1}, not {given}")
+        slides = tuple(self.window_layers[layer] for layer in given) if self.window_layers else ()
+        return replace(self, num_layers=len(given), window_layers=slides)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor a checkpoint of this model holds, by hasten name, unfused, with its shape.

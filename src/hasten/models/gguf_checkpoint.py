@@ -56,7 +56,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def gguf_name(self, name: str) -> str:
         """The file's name of a tensor: ``layers.3.q_proj.weight`` -> ``blk.3.attn_q.weight``."""
-        match = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(weight|bias)", name)
+        match = re.fullmatch(r"layers\.(\d+)\.(\w+)\.(weight|bias)", self.in_file(name))
         if match is not None and match[2] in _LAYER_NAMES:
             return f"blk.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
         stem, _, suffix = name.rpartition(".")

@@ -142,7 +142,7 @@ class HFCheckpoint(Checkpoint):
         if name.startswith("lm_head"):
             prefix = "language_model." if self._prefix == "language_model.model." else ""
             return prefix + name
-        return self._prefix + standard_name(name, self.config.sandwich_norm)
+        return self._prefix + standard_name(self.in_file(name), self.config.sandwich_norm)
 
     def _check_tensors(self) -> None:
         found: dict[str, tuple[int, ...]] = {}

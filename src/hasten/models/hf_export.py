@@ -112,8 +112,12 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def write_config(folder: Path, checkpoint: Checkpoint, extra: dict[str, Any]) -> None:
-    """Write ``config.json``: the folder's own if a text model came from one, with ``extra`` on top."""
-    if isinstance(checkpoint, HFCheckpoint) and "text_config" not in checkpoint.hf_config:
+    """Write ``config.json``: the folder's own if a whole text model came from one, with ``extra`` on top."""
+    if (
+        isinstance(checkpoint, HFCheckpoint)
+        and checkpoint.kept is None
+        and "text_config" not in checkpoint.hf_config
+    ):
         data = {k: v for k, v in checkpoint.hf_config.items() if k != "quantization_config"}
     else:
         data = config_to_hf(checkpoint.config)

@@ -212,7 +212,7 @@ def calibrate(
     (the method must have kept its result). Deterministic: same tokens, method and thread count, same result.
     Raises `SettingError` for empty or out-of-range tokens, `IntegrityError` when activations become NaN or infinite.
     """
-    _check_tokens(token_ids_NL, decoder.config.vocab_size)
+    check_tokens(token_ids_NL, decoder.config.vocab_size)
     chunks = _Chunks(decoder, token_ids_NL, chunk_tokens)
     reports = []
     for index, module in enumerate(decoder.layers):
@@ -349,7 +349,8 @@ def _at_once(
     return reports
 
 
-def _check_tokens(token_ids_NL: Tensor, vocab_size: int) -> None:
+def check_tokens(token_ids_NL: Tensor, vocab_size: int) -> None:
+    """Refuse calibration tokens that are empty, not [samples, length], or outside the vocabulary: `SettingError`."""
     if token_ids_NL.dim() != 2 or 0 in token_ids_NL.shape:
         raise SettingError(
             f"calibration tokens must be a non-empty [samples, length], not {tuple(token_ids_NL.shape)}; "

@@ -1,4 +1,4 @@
-"""Calibration data: random segments of documents, and the hash that keys an artefact to them.
+"""Calibration data: random segments of documents, and the name that keys an artefact to them.
 
 Legend: N samples, L tokens.
 """
@@ -7,11 +7,41 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hasten.core.corpus import corpus, recipe
 from hasten.core.errors import SettingError
+
+if TYPE_CHECKING:
+    from hasten.models.context import BuildContext
+
+
+def calibration_segments(context: BuildContext, samples: int, length: int, seed: int) -> Tensor:
+    """Segments for calibrating a model, int64 [samples, length]: of the caller's data, else of the corpus's split.
+
+    Raises what `draw_segments` raises.
+    """
+    if context.calibration is not None:
+        given: Sequence[Sequence[int]] = context.calibration
+        return draw_segments([len(ids) for ids in given], lambda i: given[i], samples, length, seed)
+    documents = corpus().documents("calibration")
+    return draw_segments(
+        [len(document.text) for document in documents],
+        lambda i: context.tokenizer.encode(documents[i].text),
+        samples,
+        length,
+        seed,
+    )
+
+
+def calibration_name(context: BuildContext) -> str:
+    """What `calibration_segments` draws from, for an artefact's key: a digest of tokens, or the corpus's."""
+    if context.calibration is not None:
+        return "tokens " + token_digest(context.calibration)
+    return f"corpus {recipe()['content_sha256']}"
 
 
 def draw_segments(

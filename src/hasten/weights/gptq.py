@@ -24,7 +24,6 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hasten.core.corpus import corpus, recipe
 from hasten.core.errors import ArtefactError, UnsupportedError
 from hasten.core.fetch import locked
 from hasten.core.technique import Technique
@@ -35,7 +34,7 @@ from hasten.weights.calibrate import (
     SourceLinear,
     calibrate,
 )
-from hasten.weights.calibrate_data import draw_segments, token_digest
+from hasten.weights.calibrate_data import calibration_name, calibration_segments
 from hasten.weights.calibrate_work import WorkFolder, progress_bar
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
 from hasten.weights.gptq_files import save_gptq, stored_gptq, stored_linear
@@ -109,11 +108,7 @@ class GPTQ(Technique):
     def made_from(self, context: BuildContext) -> dict[str, Any]:
         """What the artefact depends on besides the model: settings, calibration data, version of the algorithm."""
         settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in _NOT_IN_ARTEFACT}
-        if context.calibration is not None:
-            data = "tokens " + token_digest(context.calibration)
-        else:
-            data = f"corpus {recipe()['content_sha256']}"
-        return {"version": VERSION, "settings": settings, "calibration": data}
+        return {"version": VERSION, "settings": settings, "calibration": calibration_name(context)}
 
     def prepare(self, context: BuildContext) -> Path:
         """The artefact's folder, quantising the model first if there is none. Shows progress; resumes after a kill.
@@ -144,19 +139,7 @@ class GPTQ(Technique):
 
     def calibration_tokens(self, context: BuildContext) -> Tensor:
         """The calibration segments, int64 [samples, sample_length]: the caller's data, else the corpus's split."""
-        if context.calibration is not None:
-            given: Sequence[Sequence[int]] = context.calibration
-            return draw_segments(
-                [len(ids) for ids in given], lambda i: given[i], self.samples, self.sample_length, self.seed
-            )
-        documents = corpus().documents("calibration")
-        return draw_segments(
-            [len(document.text) for document in documents],
-            lambda i: context.tokenizer.encode(documents[i].text),
-            self.samples,
-            self.sample_length,
-            self.seed,
-        )
+        return calibration_segments(context, self.samples, self.sample_length, self.seed)
 
     def _build(self, context: BuildContext, work: Path, folder: Path) -> None:
         from hasten.models.checkpoint import load_decoder
