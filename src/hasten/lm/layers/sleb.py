@@ -82,15 +82,21 @@ class SLEB(Technique):
         Raises `SettingError` (too few blocks, no or too short calibration data), `IntegrityError` (NaN in weights or
         activations), `ArtefactError` (a damaged artefact).
         """
-        self.check(context.config.num_layers)
-        store = context.artefacts
-        made_from = _made_from(context) | {"settings": self.model_dump(mode="json")}
-        found = store.find(self.slug, made_from)
+        found = self.known(context)
         if found is not None:
             return found
+        store, made_from = context.artefacts, self._made_from(context)
         store.root.mkdir(parents=True, exist_ok=True)
         with locked(store.path(self.slug, made_from), f"{self.slug} search", Console(stderr=True)):
             return store.build(self.slug, made_from, lambda folder: self._write(context, folder))
+
+    def known(self, context: BuildContext) -> Path | None:
+        """The artefact's folder if the search has been made. Raises `SettingError`, `ArtefactError` as `prepare`."""
+        self.check(context.config.num_layers)
+        return context.artefacts.find(self.slug, self._made_from(context))
+
+    def _made_from(self, context: BuildContext) -> dict[str, Any]:
+        return _made_from(context) | {"settings": self.model_dump(mode="json")}
 
     def check(self, blocks: int) -> None:
         """Raise `SettingError` unless ``remove`` blocks can go from a model of ``blocks``."""
