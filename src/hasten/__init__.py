@@ -45,7 +45,9 @@ def _technique_names() -> dict[str, Any]:
     from hasten.catalog import loader
 
     return {
-        record.technique.partition(":")[2]: record for record in loader.records().values() if record.technique
+        record.technique.partition(":")[2]: record
+        for record in (*loader.records().values(), *loader.beside().values())
+        if record.technique
     }
 
 

@@ -6,7 +6,9 @@ a technique needs to run on the tiny model in a blink (a short calibration, say)
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,29 @@ def built(slot: str | None = None) -> list[loader.Record]:
     """Records of the language-model engine whose techniques have code (of one slot, or all)."""
     return [
         record
-        for record in loader.records().values()
+        for record in (*loader.records().values(), *loader.beside().values())
         if record.state != "planned"
         and any(SLOTS[name].engine == "lm" and SLOTS[name].interface for name in record.slots)
         and (slot is None or slot in record.slots)
     ]
 
 
+@cache
+def draft_checkpoint() -> str:
+    """A second tiny model, of fewer layers: its guesses are mostly wrong, like those of any random model."""
+    folder = tempfile.TemporaryDirectory(prefix="hasten-draft-")
+    _KEPT.append(folder)
+    return str(write_checkpoint(Path(folder.name) / "draft", layers=2, head_size=16, seed=1))
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+
+
 def technique(slug: str) -> Any:
-    return loader.technique(slug)(**SETTINGS.get(slug, {}))
+    settings = SETTINGS.get(slug, {})
+    if slug == "draft_model":
+        settings = {"model": draft_checkpoint(), "min_confidence": 0.0}
+    return loader.technique(slug)(**settings)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

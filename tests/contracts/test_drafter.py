@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import torch
 
+from hasten.lm.build import make_cache
 from hasten.lm.decoding.speculate import Drafter, Proposal
+from hasten.lm.settings import EngineSettings
 
 SLOT = "drafter"
 
@@ -18,7 +20,8 @@ DEFAULTS = {"repeat": Repeat}
 
 
 def test_proposals_are_well_formed(provider, context):
-    drafter = provider()
+    drafter, settings = provider(), EngineSettings(page_size=4, max_batch=4, kv_tokens=400)
+    drafter.bind(make_cache(settings, context), settings)
     vocabulary = context.config.vocab_size
     tokens = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0)).tolist() * 2
     for limit in (1, 3, 8):

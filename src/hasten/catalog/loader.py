@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 State = Literal["planned", "experimental", "available"]
 STATES: tuple[str, ...] = get_args(State)
+ENGINE = "engine"  # the family of what is `beside` the systems
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,18 @@ def records() -> Mapping[str, Record]:
     return MappingProxyType(read_records(resources.files("hasten.catalog").joinpath("records")))
 
 
+@cache
+def beside() -> Mapping[str, Record]:
+    """Techniques that are no system of the catalogue: first tries, and rivals that systems are compared with."""
+    return MappingProxyType(read_records(resources.files("hasten.catalog").joinpath("beside")))
+
+
 def record(slug: str) -> Record:
-    """The record of ``slug``; `UnknownNameError` with the nearest slugs otherwise."""
-    try:
-        return records()[slug]
-    except KeyError:
-        raise UnknownNameError("technique", slug, records(), "`hasten list` shows all") from None
+    """The record of ``slug``, a system or `beside` them; `UnknownNameError` with the nearest slugs otherwise."""
+    found = records().get(slug) or beside().get(slug)
+    if found is None:
+        raise UnknownNameError("technique", slug, (*records(), *beside()), "`hasten list` shows all")
+    return found
 
 
 def technique(slug: str) -> type[Technique]:
@@ -130,9 +137,12 @@ def families() -> tuple[str, ...]:
 
 
 def select(family: str | None = None, state: str | None = None, slot: str | None = None) -> list[Record]:
-    """The records that match every given filter; `UnknownNameError` for a filter value that does not exist."""
+    """The records that match every given filter; `UnknownNameError` for a filter value that does not exist.
+
+    Family ``engine`` are the techniques `beside` the systems; without it they are left out.
+    """
     for kind, value, known in (
-        ("family", family, families()),
+        ("family", family, (*families(), ENGINE)),
         ("state", state, STATES),
         ("slot", slot, tuple(SLOTS)),
     ):
@@ -140,7 +150,7 @@ def select(family: str | None = None, state: str | None = None, slot: str | None
             raise UnknownNameError(kind, value, known, "one of " + ", ".join(known))
     return [
         record
-        for record in records().values()
+        for record in (beside() if family == ENGINE else records()).values()
         if (family is None or record.family == family)
         and (state is None or record.state == state)
         and (slot is None or slot in record.slots)

@@ -67,6 +67,7 @@ def generate(
             if sample.error is not None:
                 raise IntegrityError(sample.error)
             timing = completion.timing
+            drafts = llm.engine.parts.drafter is not None
             common.print_json(
                 {
                     "model": chosen.model,
@@ -81,6 +82,7 @@ def generate(
                         "total": timing.total,
                         "unit": "s",
                     },
+                    **({"speculation": completion.speculation.to_dict()} if drafts else {}),
                 }
             )
             return

@@ -124,10 +124,17 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         )
     decoder = load_weights(checkpoint, providers.one("weight_format") or default_weight_format(context))
     policy: AttentionPolicy | None = providers.one("attention_policy")
-    cache = make_cache(settings, context, policy, providers.one("kv_format"), providers.one("prefix_store"))
+    drafter, verifier = providers.one("drafter"), providers.one("verifier")
+    cache = make_cache(
+        settings,
+        context,
+        policy,
+        providers.one("kv_format"),
+        providers.one("prefix_store"),
+        beside=0 if drafter is None else drafter.page_bytes(settings.page_size),
+    )
     kernel = providers.one("attention_kernel") or default_kernel()
     runner = Runner(decoder, cache, kernel, policy, providers.all("layer_hook"))
-    drafter, verifier = providers.one("drafter"), providers.one("verifier")
     if verifier is not None and drafter is None:
         slug = plan.filling("verifier")[0].slug
         raise ConflictError(
@@ -173,14 +180,19 @@ def make_cache(
     policy: AttentionPolicy | None = None,
     format: KVFormat | None = None,
     prefix: PrefixStore | None = None,
+    *,
+    beside: int = 0,
 ) -> KVCache:
-    """The cache that fits the memory budget. Raises `SettingError` when the budget holds no context worth the name."""
+    """The cache that fits the memory budget. Raises `SettingError` when the budget holds no context worth the name.
+
+    beside: bytes of the budget that somebody else keeps for every page (see `Drafter.page_bytes`).
+    """
     config = context.config
     format = format or PlainKV(context.kv_dtype)
     sidecars = () if policy is None else policy.sidecars()
     length = settings.max_context or config.max_positions
     size = settings.page_size
-    page = bytes_of_page(format, sidecars, config.num_layers, size, config.shape)
+    page = bytes_of_page(format, sidecars, config.num_layers, size, config.shape) + beside
     full = -(-length // size) * settings.max_batch
     if settings.kv_tokens is not None:
         pages = -(-settings.kv_tokens // size)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from hasten.core.errors import IntegrityError, RequestError
 from hasten.lm.context.transform import Prompt, PromptTransform
-from hasten.lm.decoding.rounds import propose, verify
-from hasten.lm.decoding.speculate import Drafter, ExactVerifier, Verifier
+from hasten.lm.decoding.rounds import ask, take, verify
+from hasten.lm.decoding.speculate import Ask, Drafter, ExactVerifier, Verifier
 from hasten.lm.decoding.stop import StopPolicy
 from hasten.lm.intake import Given, Intake
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.processors import LogitProcessor, needs_processor
-from hasten.lm.request import Delta, FinishReason, Ledger, SamplingParams, TokenLogprob
+from hasten.lm.request import Delta, FinishReason, Ledger, SamplingParams, Speculation, TokenLogprob
 from hasten.lm.runner import Chunk, Runner
 from hasten.lm.sampler import generator_for, non_finite_rows, sample, token_logprobs
 from hasten.lm.scheduling.scheduler import Scheduler, Work
@@ -55,6 +55,8 @@ class Engine:
         self.cache: KVCache = runner.cache
         self.scheduler = parts.scheduler
         self.scheduler.bind(self.cache, settings)
+        if parts.drafter is not None:
+            parts.drafter.bind(self.cache, settings)
         self.context = self.cache.context
         self.vocabulary = config.vocab_size
         self.eos_ids = frozenset(config.eos_ids) | frozenset(tokenizer.eos_ids)
@@ -65,6 +67,7 @@ class Engine:
             hidden=config.hidden_size,
             context=self.context,
         )
+        self.speculation = Speculation()  # of all requests so far
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
         self._cancelled: list[Request] = []
@@ -200,8 +203,11 @@ class Engine:
         its draft are to blame; if the model's run raises, all requests of that step end."""
         self._stepping = True
         try:
-            self._draft()
+            drafting = self._draft()
             work = self.scheduler.schedule()
+            for sequence in drafting:
+                if sequence.status is Status.WAITING and self.parts.drafter is not None:
+                    self.parts.drafter.suspend(sequence.id)
             if work:
                 self._run(work)
             elif self.scheduler.waiting:
@@ -218,16 +224,31 @@ class Engine:
         while self.busy:
             self.step()
 
-    def _draft(self) -> None:
-        if self.parts.drafter is None:
-            return
-        for sequence in tuple(self.scheduler.running):
+    def _draft(self) -> SequenceOf[Sequence]:
+        """Ask for guesses; the sequences that run."""
+        drafter = self.parts.drafter
+        if drafter is None:
+            return ()
+        running = tuple(self.scheduler.running)
+        asked = [(s, found) for s in running if (found := self._ask(s)) is not None]
+        if not asked:
+            return running
+        try:
+            proposals = drafter.propose_all([found for _, found in asked])
+        except Exception as error:  # like the model's run: it answers for all of them
+            for sequence, _ in asked:
+                self._fail(sequence.request, error)
+            return running
+        for (sequence, found), proposal in zip(asked, proposals, strict=True):
             try:
-                propose(
-                    self.parts.drafter, sequence, self.settings.draft_tokens, self.context, self.vocabulary
-                )
+                take(drafter, sequence, proposal, found.limit, self.vocabulary)
             except Exception as error:
                 self._fail(sequence.request, error)
+        return running
+
+    def _ask(self, sequence: Sequence) -> Ask | None:
+        sequence.draft = None
+        return ask(sequence, self.settings.draft_tokens, self.context)
 
     def _run(self, work: list[Work]) -> None:
         now = time.perf_counter()
@@ -241,6 +262,10 @@ class Engine:
             for item in work:
                 self._fail(item.sequence.request, error)
             return
+        if self.parts.drafter is not None and sum(i.count for i in work) == len(
+            logits_RV
+        ):  # no prompt is read
+            self.parts.drafter.timed(len(logits_RV), time.perf_counter() - now)
         best = self.runner.best
         bad = set(
             non_finite_rows(logits_RV) if best is None else [i for i, token in enumerate(best) if token < 0]
@@ -326,8 +351,9 @@ class Engine:
             self._fail(sequence.request, error)
             return
         sequence.draft = None
-        sequence.request.ledger.drafted += len(proposal.token_ids)
-        sequence.request.ledger.accepted += len(tokens) - 1
+        round = Speculation(1, len(proposal.token_ids), len(tokens) - 1)
+        sequence.request.ledger.speculation += round
+        self.speculation += round
         logprobs: list[TokenLogprob] = []
         if sequence.params.logprobs is not None:
             logprobs = token_logprobs(logits_AV[: len(tokens)], tokens, sequence.params.logprobs)

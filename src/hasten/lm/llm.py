@@ -200,9 +200,15 @@ class LLM:
     # -- the rest ------------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        """Figures of the loaded plan: bytes that one decoded token reads, KV capacity, pages in use."""
+        """Figures of the loaded plan: bytes that one decoded token reads, KV capacity, pages in use, drafts."""
         cache, config = self.engine.cache, self._loaded.decoder.config
         weights = sum(_weight_bytes(module) for _, module in self._loaded.decoder.linears())
+        drafter, beside = self.engine.parts.drafter, {}
+        if drafter is not None:
+            beside = {
+                "draft_kv_bytes": drafter.page_bytes(cache.page_size) * cache.pool.count,
+                "speculation": self.engine.speculation.to_dict(),
+            }
         return {
             "model": str(self._loaded.path),
             "family": config.family,
@@ -216,6 +222,7 @@ class LLM:
             "page_size": cache.page_size,
             "context": self.engine.context,
             "max_batch": self.engine.settings.max_batch,
+            **beside,
         }
 
     def close(self) -> None:

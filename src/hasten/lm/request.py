@@ -105,22 +105,56 @@ class Delta:
     finish: FinishReason | None = None
 
 
+@dataclass(frozen=True)
+class Speculation:
+    """What drafting did: verified rounds, tokens proposed in them, and tokens of those that were kept."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __add__(self, other: Speculation) -> Speculation:
+        return Speculation(
+            self.rounds + other.rounds, self.drafted + other.drafted, self.accepted + other.accepted
+        )
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a verified round adds on average, the verified extra one included; 0 without rounds."""
+        return (self.accepted + self.rounds) / self.rounds if self.rounds else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        return {
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance_length": round(self.acceptance_length, 3),
+        }
+
+
 @dataclass
 class Ledger:
     """Tokens that a request cost so far, over all its samples.
 
     prompt: given. cached: prompt tokens whose pages existed. computed: rows run, recomputation and rejected drafts
-    included. generated: committed to outputs. drafted / accepted: proposed by a drafter, and kept. preemptions: times a
-    sample lost its pages and was computed again.
+    included. generated: committed to outputs. speculation: of its drafts. preemptions: times a sample lost its
+    pages and was computed again.
     """
 
     prompt: int = 0
     cached: int = 0
     computed: int = 0
     generated: int = 0
-    drafted: int = 0
-    accepted: int = 0
     preemptions: int = 0
+    speculation: Speculation = field(default_factory=Speculation)
+
+    @property
+    def drafted(self) -> int:
+        return self.speculation.drafted
+
+    @property
+    def accepted(self) -> int:
+        return self.speculation.accepted
 
 
 @dataclass(frozen=True)
@@ -154,6 +188,7 @@ class Completion:
     samples: tuple[Sample, ...]
     timing: Timing
     cached_tokens: int = 0  # prompt tokens whose KV pages already existed
+    speculation: Speculation = field(default_factory=Speculation)
 
     @property
     def text(self) -> str:

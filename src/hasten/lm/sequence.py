@@ -149,4 +149,5 @@ class Request:
             ),
             timing=Timing(started - start, first - start, now - start),
             cached_tokens=self.ledger.cached,
+            speculation=self.ledger.speculation,
         )

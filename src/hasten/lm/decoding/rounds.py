@@ -11,22 +11,36 @@ from __future__ import annotations
 from torch import Tensor
 
 from hasten.core.errors import UnsupportedError
-from hasten.lm.decoding.speculate import Accepted, Drafter, Verifier
+from hasten.lm.decoding.speculate import Accepted, Ask, Drafter, Proposal, Verifier
 from hasten.lm.sampler import truncate
 from hasten.lm.sequence import Sequence
 
 
-def propose(drafter: Drafter, sequence: Sequence, most: int, context: int, vocabulary: int) -> None:
-    """Set ``sequence.draft``, if the sequence is decoding and the drafter has a guess.
+def ask(sequence: Sequence, most: int, context: int) -> Ask | None:
+    """What to ask the drafter for ``sequence``; None while it is not decoding or has no room for a guess.
 
     Never more tokens than the sequence may still produce, less one (the verified extra token), or than fit its context.
     """
     left = sequence.params.max_tokens - sequence.output_length
     limit = min(most, left - 1, context - len(sequence.token_ids) - 1)
-    sequence.draft = None
     if limit < 1 or sequence.computed != len(sequence.token_ids) - 1:
-        return
-    proposal = drafter.propose(sequence.id, sequence.token_ids, limit)
+        return None
+    return Ask(
+        sequence.id,
+        sequence.token_ids,
+        limit,
+        sequence.params,
+        sequence.generator,
+        sequence.processor,
+        sequence.request.plain,
+    )
+
+
+def take(
+    drafter: Drafter, sequence: Sequence, proposal: Proposal | None, limit: int, vocabulary: int
+) -> None:
+    """Set ``sequence.draft``. Raises `UnsupportedError` for a proposal that cannot be verified."""
+    sequence.draft = None
     if proposal is None or not proposal.token_ids:
         return
     name = type(drafter).__name__

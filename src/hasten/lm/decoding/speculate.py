@@ -10,10 +10,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from hasten.kernels.vocabulary import argmax
+from hasten.lm.request import SamplingParams
+
+if TYPE_CHECKING:
+    from hasten.lm.kvcache.cache import KVCache
+    from hasten.lm.processors import LogitProcessor
+    from hasten.lm.settings import EngineSettings
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,55 @@ class Accepted:
     next_token: int
 
 
+@dataclass(frozen=True)
+class Ask:
+    """A decoding sequence that may be given a draft, and how its tokens will be chosen.
+
+    token_ids: prompt and output, the engine's own growing list: not to be changed. limit: most tokens to guess, at
+    least 1. plain: nothing but tokens at positions 0..n-1 entered the model.
+    """
+
+    sequence_id: int
+    token_ids: Sequence[int]
+    limit: int
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
+    generator: torch.Generator | None = None
+    processor: LogitProcessor | None = None
+    plain: bool = True
+
+
 class Drafter(ABC):
+    """Guesses tokens. One instance per loaded model; calls come from one thread.
+
+    Implement `propose`, or `propose_all` where the sequences of a step are better served together.
+    """
+
+    def bind(self, cache: KVCache, settings: EngineSettings) -> None:
+        """Called once, before anything else, with the engine's cache and limits."""
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes the drafter keeps beside every page of the engine's cache; they count against its budget."""
+        return 0
+
     @abstractmethod
     def propose(self, sequence_id: int, token_ids: Sequence[int], limit: int) -> Proposal | None:
         """Guess at most ``limit`` tokens after ``token_ids`` (prompt and output); None to decode plainly."""
 
+    def propose_all(self, asks: Sequence[Ask]) -> list[Proposal | None]:
+        """A guess, or None, for each sequence that decodes in this step."""
+        return [self.propose(ask.sequence_id, ask.token_ids, ask.limit) for ask in asks]
+
     def commit(self, sequence_id: int, token_ids: Sequence[int]) -> None:
-        """The sequence's tokens after verification; roll back any drafter state to them."""
+        """The sequence's tokens after verification; roll back any drafter state to them.
+
+        Not called for a guess that was never verified (the scheduler may drop one when pages run out).
+        """
+
+    def timed(self, rows: int, seconds: float) -> None:
+        """What a step of the engine's model took that ran ``rows`` decoding and draft rows, and nothing else."""
+
+    def suspend(self, sequence_id: int) -> None:
+        """The sequence lost its pages and waits; drop what can be computed again."""
 
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended."""
@@ -78,13 +129,14 @@ class ExactVerifier(Verifier):
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(proposal.parent):
             children.setdefault(parent, []).append(node)
+        best = argmax(logits_AV).tolist() if temperature == 0 else []
         path: list[int] = []
         node = -1
         while True:
             row_V = logits_AV[node + 1]
             chosen = -1
             if temperature == 0:
-                token = int(row_V.argmax())
+                token = best[node + 1]
                 chosen = next((c for c in children.get(node, ()) if proposal.token_ids[c] == token), -1)
                 if chosen < 0:
                     return Accepted(tuple(path), token)

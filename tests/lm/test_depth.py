@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+from hasten.lm.decoding.depth import Acceptance, Depth, StepCosts
+
+
+def costs(depth: Depth, target: dict[int, float], draft: dict[int, float] | None = None) -> Depth:
+    for rows, seconds in target.items():
+        depth.target.add(rows, seconds)
+    for rows, seconds in (draft or {}).items():
+        depth.draft.add(rows, seconds)
+    return depth
+
+
+def test_acceptance_follows_what_happens():
+    a = Acceptance()
+    assert a.chance == pytest.approx(0.7)
+    for _ in range(30):
+        a.saw(4, 4)
+    assert a.chance > 0.95
+    for _ in range(30):
+        a.saw(4, 0)
+    low = a.chance
+    assert low < 0.2
+    for _ in range(100):
+        a.fade()
+    assert low < a.chance < 0.7
+
+
+def test_guesses_after_the_first_rejection_say_nothing():
+    a, b = Acceptance(), Acceptance()
+    a.saw(8, 2)
+    b.saw(3, 2)
+    assert a.chance == b.chance
+
+
+def test_costs_between_and_beyond_what_was_measured():
+    c = StepCosts()
+    assert c.at(3) == 0
+    c.add(2, 1.0)
+    assert (c.at(1), c.at(2), c.at(9)) == (1.0, 1.0, 1.0)
+    c.add(4, 2.0)
+    assert (c.at(3), c.at(4), c.at(6)) == (1.5, 2.0, 3.0)
+    c.add(8, 1.0)  # noise: more rows do not take less
+    assert c.at(6) == 2.0
+    for _ in range(20):
+        c.add(4, 5.0)
+    assert c.at(4) == 5.0
+    assert c.known(1, 2)
+    assert not c.known(9)
+
+
+def test_what_was_never_timed_is_tried():
+    depth = Depth(drafts_cost=True)
+    assert depth.choose([0.9], [4]) == [0]
+    depth.target.add(1, 1.0)
+    assert depth.choose([0.9], [4]) == [4]
+    depth.target.add(5, 1.2)
+    assert depth.choose([0.9], [4]) == [4]  # the draft's cost is still unknown
+    depth.draft.add(1, 0.1)
+    assert depth.choose([0.9], [4])[0] > 0
+    assert depth.choose([], []) == []
+
+
+def test_depth_grows_with_the_chance_and_falls_with_the_cost():
+    cheap = costs(Depth(drafts_cost=True), {1: 1.0, 9: 1.1}, {1: 0.05})
+    dear = costs(Depth(drafts_cost=True), {1: 1.0, 9: 4.0}, {1: 0.4})
+    by_chance = [cheap.choose([a], [8])[0] for a in (0.1, 0.5, 0.8, 0.95)]
+    assert by_chance == sorted(by_chance)
+    assert by_chance[-1] == 8
+    assert dear.choose([0.8], [8])[0] < cheap.choose([0.8], [8])[0]
+    assert dear.choose([0.3], [8]) == [0]
+    assert costs(Depth(drafts_cost=False), {1: 1.0, 9: 1.1}).choose([1.0], [8]) == [8]
+
+
+@pytest.mark.parametrize("chance", [0.2, 0.6, 0.9])
+def test_the_best_depth_of_one_request_is_the_best_of_all(chance):
+    """Against the definition: expected tokens over seconds, at every depth."""
+    target, draft = (lambda rows: 0.9 + 0.1 * rows), 0.2
+    depth = costs(Depth(drafts_cost=True), {1: target(1), 9: target(9)}, {1: draft})
+
+    def rate(k: int) -> float:
+        return sum(chance**i for i in range(k + 1)) / (target(k + 1) + k * draft)
+
+    assert depth.choose([chance], [8]) == [max(range(9), key=rate)]
+
+
+def test_a_request_that_is_rarely_right_drafts_less_than_its_neighbour():
+    depth = costs(Depth(drafts_cost=True), {2: 1.0, 18: 2.6}, {1: 0.05, 2: 0.06})
+    good, bad = depth.choose([0.95, 0.3], [8, 8])
+    assert good > bad
+    assert depth.choose([0.95, 0.95], [8, 2])[1] == 2
