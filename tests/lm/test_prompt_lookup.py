@@ -77,7 +77,7 @@ def test_what_was_rejected_is_guessed_less(make_llm):
     ids = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]
     assert drafter.propose(0, ids, 6) is None  # how long a plain step takes is not known yet
     drafter.timed(1, 1.0)
-    for _ in range(12):
+    for _ in range(40):
         proposal = drafter.propose(0, ids, 6)
         if proposal is None:
             break

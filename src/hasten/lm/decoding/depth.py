@@ -18,6 +18,7 @@ from statistics import median
 _PRIOR, _PRIOR_WEIGHT, _MEMORY = 0.7, 2.0, 0.9  # of the acceptance estimate; memory per round
 _RECOVERY = 0.97  # per round without a guess: what was learnt fades, so that guessing is tried again
 _KEPT = 9  # timings per number of rows; their median counts
+_FRESH = 512  # steps
 
 
 class Acceptance:
@@ -43,14 +44,23 @@ class Acceptance:
 
 
 class StepCosts:
-    """Seconds of a step by its number of rows: medians of the latest timings, linear between what was measured."""
+    """Seconds of a step by its number of rows: medians of the latest timings, linear between what was measured.
+
+    Steps grow with the texts they read, so a timing counts for `_FRESH` more steps.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}
+        self._seen: dict[int, int] = {}  # when the rows were timed last
         self._points: list[tuple[int, float]] = []
+        self._steps = 0
 
     def add(self, rows: int, seconds: float) -> None:
+        self._steps += 1
         self._seconds.setdefault(rows, deque(maxlen=_KEPT)).append(seconds)
+        self._seen[rows] = self._steps
+        for old in [r for r, seen in self._seen.items() if self._steps - seen > _FRESH]:
+            del self._seconds[old], self._seen[old]
         self._points = sorted((r, median(s)) for r, s in self._seconds.items())
 
     def known(self, low: int, high: float = math.inf) -> bool:
@@ -81,12 +91,20 @@ class Depth:
         self._drafts_cost = drafts_cost
 
     def choose(self, chance_S: Sequence[float], limit_S: Sequence[int]) -> list[int]:
-        """Tokens to draft for each sequence, 0 to its limit. What was never timed is tried once."""
+        """Tokens to draft for each sequence, 0 to its limit.
+
+        What was never timed is tried once: plain steps, drafts, and for a single sequence every length, since kernels
+        work in tiles of rows and the fifth row may cost what the three before it did not.
+        """
         count = len(limit_S)
         if not self.target.known(1, count):
             return [0] * count
         if not self.target.known(count + 1) or (self._drafts_cost and not self.draft.known(1)):
             return list(limit_S)
+        if count == 1:
+            new = [k for k in range(limit_S[0], 0, -1) if not self.target.known(k + 1, k + 1)]
+            if new:
+                return new[:1]
         best, best_rate = 0, 0.0
         for depth in range(max(limit_S, default=0) + 1):
             rate = self._rate(chance_S, [min(depth, limit) for limit in limit_S], depth)
