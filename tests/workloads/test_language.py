@@ -5,6 +5,7 @@ import pytest
 
 from hasten import workloads
 from hasten.core.errors import MeasureError, RequestError, SettingError, UnknownNameError
+from hasten.lm.decoding.prompt_lookup import PromptLookup
 from hasten.lm.llm import LLM
 from hasten.lm.request import Score
 from hasten.workloads.forks import score_forks
@@ -32,6 +33,7 @@ SMALL = {
         "quality_tokens": 5,
     },
     "shared-prefix": {"prefix_tokens": 50, "questions": 4, "tokens": 5, "quality_tokens": 6},
+    "edit": {"passages": 2, "passage_tokens": 20, "tokens": 6},
 }
 
 
@@ -46,7 +48,7 @@ def session(job, tiny_plan, small_corpus):
         yield session
 
 
-def test_all_five_are_registered_and_cost_nothing_to_list():
+def test_all_are_registered_and_cost_nothing_to_list():
     assert set(workloads.names()) == set(SMALL)
     code = "import sys; from hasten import workloads; workloads.names(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -58,14 +60,14 @@ def test_describes_itself(job):
     assert isinstance(job, Workload)
     assert job.title
     assert job.unit == "tokens"
-    assert job.metric.better == "lower"
+    assert job.metric.better == ("higher" if job.name == "edit" else "lower")
     assert job.baseline().dtype == "auto"
     assert job.baseline("other").model == "other"
     assert job.baseline().techniques == ()
 
 
 # Tokens that the timed part of each small job makes or reads.
-UNITS = {"decode": 2 * 5, "prefill": 2 * 20, "long-decode": 5, "shared-prefix": 4 * 5}
+UNITS = {"decode": 2 * 5, "prefill": 2 * 20, "long-decode": 5, "shared-prefix": 4 * 5, "edit": 2 * 5}
 
 
 def test_runs_again_and_again(job, session):
@@ -82,10 +84,26 @@ def test_runs_again_and_again(job, session):
     assert session.llm.engine.busy is False
 
 
-def test_quality_is_the_models_perplexity(session):
+def test_quality_is_the_models_perplexity(job, session):
     value = session.quality()
     assert value == session.quality()  # deterministic
-    assert 1 < value < float("inf")
+    assert 0 < value <= 1 if job.name == "edit" else 1 < value < float("inf")
+
+
+def test_edit_judges_a_plan_by_the_plain_models_answers(tiny_plan, small_corpus):
+    for techniques in ((), (PromptLookup(min_ngram=1, adaptive=False),)):
+        with workloads.get("edit").open(
+            tiny_plan(*techniques, dtype="auto"), {**SMALL["edit"], "tokens": 60}
+        ) as session:
+            assert session.quality() == 1.0
+            run = session.run()
+            assert ("acceptance_length" in run.detail) == bool(techniques)
+    with workloads.get("edit").open(tiny_plan(dtype="auto"), SMALL["edit"]) as session:
+        seen = []
+        session.llm.generate = _record(session.llm.generate, seen)
+        session.run()
+        session.run()
+        assert all(c.cached_tokens == 0 for c in seen)
 
 
 def test_float32_is_its_own_reference(session):
@@ -132,6 +150,7 @@ def test_bad_options_are_refused_before_a_model_is_loaded(job, tiny_plan):
         ("batch-decode", {"prompt_tokens": 100_000}),
         ("shared-prefix", {"prefix_tokens": 100_000}),
         ("shared-prefix", {"questions": 100_000}),
+        ("edit", {"passages": 100_000}),
     ],
 )
 def test_jobs_larger_than_the_text_are_refused(name, options, tiny_plan, small_corpus):

@@ -229,7 +229,14 @@ class LLM:
         """Cancel everything and forget the prefix cache."""
         with self._lock:
             self.engine.cancel_all()
+            self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
+        """Drop the pages kept of texts that were read, the drafter's too."""
+        with self._lock:
             self.engine.cache.store.clear()
+            if self.engine.parts.drafter is not None:
+                self.engine.parts.drafter.forget_prefixes()
 
     def __enter__(self) -> LLM:
         return self

@@ -118,6 +118,11 @@ class Speculation:
             self.rounds + other.rounds, self.drafted + other.drafted, self.accepted + other.accepted
         )
 
+    def __sub__(self, other: Speculation) -> Speculation:
+        return Speculation(
+            self.rounds - other.rounds, self.drafted - other.drafted, self.accepted - other.accepted
+        )
+
     @property
     def acceptance_length(self) -> float:
         """Tokens that a verified round adds on average, the verified extra one included; 0 without rounds."""

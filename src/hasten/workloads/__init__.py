@@ -17,6 +17,7 @@ _WORKLOADS = {
     "long-decode": "hasten.workloads.long_decode:LongDecode",
     "batch-decode": "hasten.workloads.batch_decode:BatchDecode",
     "shared-prefix": "hasten.workloads.shared_prefix:SharedPrefix",
+    "edit": "hasten.workloads.edit:Edit",
 }
 
 

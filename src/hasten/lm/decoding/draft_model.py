@@ -193,6 +193,9 @@ class ModelDrafter(Drafter):
         self._past.pop(sequence_id, None)
         self._close(sequence_id)
 
+    def forget_prefixes(self) -> None:
+        self.cache.store.clear()
+
     def _close(self, sequence_id: int) -> None:
         state = self._states.pop(sequence_id, None)
         if state is not None:

@@ -104,6 +104,9 @@ class Drafter(ABC):
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended."""
 
+    def forget_prefixes(self) -> None:
+        """Drop what is kept of texts beyond their sequences' lives."""
+
 
 class Verifier(ABC):
     @abstractmethod
