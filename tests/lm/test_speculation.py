@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
+from hasten.catalog import loader
 from hasten.core.errors import ConflictError, UnsupportedError
 from hasten.core.technique import Technique
 from hasten.lm.decoding.speculate import Accepted, Drafter, Proposal, Verifier
@@ -196,7 +199,7 @@ def test_sampling_keeps_the_distribution(make_llm, own_distribution):
     assert chi2 < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_trees_and_bad_proposals_are_refused(make_llm, greedy):
+def test_bad_proposals_are_refused(make_llm, greedy):
     class Bad(Drafter):
         def __init__(self, proposal):
             self.proposal = proposal
@@ -206,7 +209,8 @@ def test_trees_and_bad_proposals_are_refused(make_llm, greedy):
 
     llm = make_llm()
     for proposal, message in [
-        (Proposal((1, 2, 3), (-1, -1, 0)), "tree"),
+        (Proposal((1, 2, 3), (-1, 1, 0)), "parents are not a tree"),
+        (Proposal((1, 2, 3), (-1, 0)), "parents are not a tree"),
         (Proposal((320,), (-1,)), "outside the vocabulary"),
         (Proposal((1,) * 20, tuple(range(-1, 19))), "more than 8"),
     ]:
@@ -220,6 +224,111 @@ def test_trees_and_bad_proposals_are_refused(make_llm, greedy):
         with pytest.raises(UnsupportedError, match=message):
             llm.generate([ids_of(6)], params(12))
     idle(llm)
+
+
+@pytest.mark.parametrize("technique", ["flash_attention", "adamas"])
+def test_trees_are_refused_where_they_cannot_be_read(make_llm, technique):
+    class Tree(Drafter):
+        def propose(self, sequence_id, token_ids, limit):
+            return Proposal((1, 2, 3)[:limit], (-1, -1, 0)[:limit])
+
+    llm = make_llm(loader.technique(technique)())
+    llm.engine.parts.drafter = Tree()
+    with pytest.raises(UnsupportedError, match="proposed a tree; this plan verifies chains only"):
+        llm.generate([ids_of(6)], params(12))
+    idle(llm)
+
+
+class Forest(Drafter):
+    """Hides the right continuation among wrong guesses, in a random tree; sometimes leaves a part of it out."""
+
+    def __init__(self, answers, seed=0):
+        self.answers, self.random, self.sizes, self.kept = answers, random.Random(seed), [], []
+
+    def propose(self, sequence_id, token_ids, limit):
+        for prompt, answer in self.answers:
+            if list(token_ids[: len(prompt)]) == prompt:
+                return self.tree(answer[len(token_ids) - len(prompt) :], limit)
+        return None
+
+    def tree(self, right, limit):
+        """Nodes in random order; ``spine`` holds those of the right path so far."""
+        tokens, parents, spine = [], [], [-1]
+        want = self.random.randint(0, min(4, len(right)))
+        for _ in range(limit):
+            if len(spine) <= want and self.random.random() < 0.6:
+                tokens.append(right[len(spine) - 1])
+                parents.append(spine[-1])
+                spine.append(len(tokens) - 1)
+            else:
+                parent = self.random.randint(-1, len(tokens) - 1)
+                depth, node = 0, parent
+                while node >= 0:
+                    depth, node = depth + 1, parents[node]
+                on_path = parent in spine and depth < len(right)
+                tokens.append((right[depth] + self.random.randint(1, 200)) % 300 if on_path else 7)
+                parents.append(parent)
+        self.sizes.append(len(tokens))
+        self.kept.append(len(spine) - 1)
+        return Proposal(tuple(tokens), tuple(parents))
+
+
+@pytest.mark.parametrize("shaped", [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.3, "logprobs": 1}])
+@pytest.mark.parametrize("tight", [False, True])
+def test_trees_are_verified_in_one_pass(make_llm, shaped, tight):
+    """Trees of up to 14 nodes, batched, over page borders, with preemption: plain answers, every right guess kept."""
+    plain = make_llm(kv_tokens=600)
+    prompts = [ids_of(5 + n, n) for n in range(4)]
+    want = [plain.generate([p], params(40, **shaped))[0] for p in prompts]
+    llm = make_llm(kv_tokens=112 if tight else 600, draft_tokens=14, max_step_tokens=64)
+    forest = Forest([(p, list(w.token_ids)) for p, w in zip(prompts, want, strict=True)])
+    llm.engine.parts.drafter = forest
+    requests = [llm.engine.submit(p, params(40, **shaped)) for p in prompts]
+    llm.engine.run()
+    for request, expected in zip(requests, want, strict=True):
+        found = request.completion()
+        assert found.token_ids == expected.token_ids
+        for a, b in zip(found.samples[0].logprobs, expected.samples[0].logprobs, strict=True):
+            assert (a.token, list(a.top)) == (b.token, list(b.top))
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    accepted = sum(r.ledger.accepted for r in requests)
+    assert max(forest.sizes) == 14
+    if tight:
+        assert sum(r.ledger.preemptions for r in requests) > 0
+        assert accepted > 20
+    else:
+        assert accepted >= sum(forest.kept) > 20
+    idle(llm)
+
+
+def test_trees_keep_the_distribution(make_llm):
+    """Three guesses for the next token, three after the first of them: same frequencies (chi-square)."""
+    llm = make_llm(max_batch=64, max_step_tokens=600)
+    prompt, wanted, count = ids_of(6), {"temperature": 0.7, "top_k": 4}, 800
+    with torch.inference_mode():
+        first = llm._loaded.decoder(torch.tensor([prompt]))[0, -1].topk(3).indices.tolist()
+
+    class Tree(Drafter):
+        def propose(self, sequence_id, token_ids, limit):
+            with torch.inference_mode():
+                likely = llm._loaded.decoder(torch.tensor([list(token_ids)]))[0, -1].topk(3).indices.tolist()
+            return Proposal((*likely, *first)[:limit], (-1, -1, -1, 0, 0, 0)[:limit])
+
+    def pairs(drafter, base):
+        llm.engine.parts.drafter = drafter
+        requests = [llm.engine.submit(prompt, params(5, **wanted, seed=base + i)) for i in range(count)]
+        llm.engine.run()
+        return [r.completion().token_ids[1:3] for r in requests], sum(r.ledger.accepted for r in requests)
+
+    (a, _), (b, accepted) = pairs(None, 0), pairs(Tree(), 10_000)
+    assert accepted > count
+    chi2 = degrees = 0
+    for pair in sorted(set(a) | set(b)):
+        x, y = a.count(pair), b.count(pair)
+        if x + y >= 20:
+            chi2, degrees = chi2 + (x - y) ** 2 / (x + y), degrees + 1
+    assert degrees >= 4
+    assert chi2 < degrees + 5 * (2 * degrees) ** 0.5
 
 
 def test_a_verifier_decides(make_llm):

@@ -24,8 +24,10 @@ from hasten.attention.pieces import (
     PiecePlan,
     Pieces,
     Rows,
+    depths,
     finish,
     sequence_pieces,
+    tree_pieces,
     windowed,
     without_rows,
 )
@@ -49,6 +51,7 @@ class DensePlan:
     earlier: dict[Hashable, PiecePlan] = field(default_factory=dict)
     tables: dict[bytes, Tensor] = field(default_factory=dict)
     workers: int | None = None
+    deepest: int = 0  # rows of the longest path of a token tree
 
     def after(self, rows: Rows) -> DensePlan:
         """The plan of a later step whose rows read the same pages."""
@@ -69,6 +72,10 @@ class DensePlan:
         if found is None and (old := self.earlier.get(key)) is not None:
             found = self.parts[key] = old.moved(self.rows.limit_T, spec.window)
         if found is None:
+            if spec.window is not None and spec.window <= self.deepest:
+                raise UnsupportedError(
+                    f"a token tree of {self.deepest} levels is deeper than the sliding window of {spec.window} tokens"
+                )
             pieces = windowed(self.pieces, self.rows.limit_T, spec.window)
             if sparse:
                 pieces = without_rows(pieces, np.frombuffer(sparse, np.int64), self.count)
@@ -83,8 +90,17 @@ class DenseKernel(AttentionKernel):
     workers: int | None = None  # virtual workers to plan for; None for the default
     _last: tuple[tuple[int, ...], DensePlan] | None = None
 
+    @property
+    def trees(self) -> bool:
+        # A subclass with a ``plan`` or ``run`` of its own may know nothing of them.
+        return type(self).plan is DenseKernel.plan and type(self).run is DenseKernel.run
+
     def plan(self, layout: StepLayout) -> DensePlan:
         rows = Rows.of(layout)
+        if layout.trees:
+            self._last = None
+            deepest = max(int(depths(parents).max()) + 1 for parents in layout.trees.values())
+            return DensePlan(rows, tree_pieces(rows, layout.trees), workers=self.workers, deepest=deepest)
         last = self._last
         if last is not None and last[0] == layout.sequence_ids and rows.same_pages(last[1].rows):
             plan = last[1].after(rows)

@@ -22,6 +22,11 @@ from hasten.attention.policy import Selection
 class AttentionKernel(ABC):
     """Computes exact softmax attention over the tokens that a policy chose."""
 
+    @property
+    def trees(self) -> bool:
+        """Whether ``plan`` and ``run`` follow `StepLayout.trees`."""
+        return False
+
     @abstractmethod
     def plan(self, layout: StepLayout) -> Any:
         """Work list of the step (which rows read which page runs); reused by all layers with this layout."""

@@ -43,6 +43,8 @@ class StepLayout:
     slot_T: int64 [T], where each row's key and value are written: page * P + offset.
     sequence_ids: stable ids, so that kernels and policies can keep state across steps.
     layers: per-layer layouts for techniques that keep different tokens in different layers.
+    trees: by sequence (0..S-1), the parent of each of its last rows that are nodes of a tree: an earlier node, or -1
+        for the row before the nodes. A node sees what the row before the nodes sees, its ancestors and itself.
     """
 
     query_start_S1: Tensor
@@ -53,6 +55,7 @@ class StepLayout:
     page_size: int
     sequence_ids: tuple[int, ...]
     layers: Mapping[int, StepLayout] = field(default_factory=dict)
+    trees: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def layer(self, index: int) -> StepLayout:
         """The layout that layer ``index`` sees."""

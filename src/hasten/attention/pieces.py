@@ -2,13 +2,14 @@
 
 A planner makes `Pieces` (which rows read which runs of pages, absolute positions known), `windowed` and
 `without_rows` narrow them, and `finish` has them cut over the context and shared out evenly (`Schedule`). Nothing here
-loops over sequences, rows or pages.
+loops over sequences, rows or pages, but for the few rows of token trees.
 
 Legend: T rows, S sequences, J pieces, E entries (a row that reads a piece), C page references, P page size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,6 +86,9 @@ class Rows:
         else:
             # Row i of a chunk of n sees all but the n - 1 - i tokens that follow it.
             limit = np.repeat(length - count + 1 - start[:-1], count) + np.arange(int(start[-1]))
+        for s, parents in layout.trees.items():  # as far as a node sees, counted in positions
+            first = int(start[s + 1]) - len(parents)
+            limit[first : start[s + 1]] = length[s] - len(parents) + 1 + depths(parents)
         return cls(start, length, limit, layout.page_table_SM.numpy(), layout.page_size)
 
     def same_pages(self, other: Rows) -> bool:
@@ -117,6 +121,66 @@ def sequence_pieces(rows: Rows, base_S: Ints | None = None) -> Pieces:
         first_E=np.zeros(len(rows.limit_T), np.int64),
         limit_E=rows.limit_T - np.repeat(base, count),
     )
+
+
+def depths(parents: Sequence[int]) -> Ints:
+    """int64 [A]: how far below the last committed token each node of a tree lies, its children at 0."""
+    out = np.zeros(len(parents), np.int64)
+    for node, parent in enumerate(parents):
+        out[node] = 0 if parent < 0 else out[parent] + 1
+    return out
+
+
+def tree_pieces(rows: Rows, trees: Mapping[int, tuple[int, ...]]) -> Pieces:
+    """Like `sequence_pieces` where the last rows of some sequences are the nodes of trees (`StepLayout.trees`).
+
+    The path to a node is a few runs of consecutive slots. A run that goes on where the committed tokens end is read
+    with them; for each slot where other runs begin there is a piece, read by all rows whose path has such a run.
+    """
+    base = sequence_pieces(rows)
+    limit = base.limit_E.copy()
+    extra: list[
+        tuple[int, int, list[tuple[int, int]]]
+    ] = []  # sequence, first slot, [(row, slot after the run)]
+    for s, parents in trees.items():
+        count = len(parents)
+        first_row, committed = int(rows.start_S1[s + 1]) - count, int(rows.length_S[s]) - count
+        path: list[list[tuple[int, int]]] = []  # by node: its runs as (first, end)
+        begun: dict[int, list[tuple[int, int]]] = {}
+        for node, parent in enumerate(parents):
+            runs = path[parent] if parent >= 0 else [(0, 0)]
+            if runs[-1][1] == node:
+                runs = [*runs[:-1], (runs[-1][0], node + 1)]
+            else:
+                runs = [*runs, (node, node + 1)]
+            path.append(runs)
+            limit[first_row + node] = committed + runs[0][1]
+            for first, end in runs[1:]:
+                begun.setdefault(first, []).append((first_row + node, committed + end))
+        extra += [(s, committed + first, reads) for first, reads in begun.items()]
+    own = replace(base, limit_E=limit)
+    if not extra:
+        return own
+    pages, page_count, bases, row, first_E, limit_E = [], [], [], [], [], []
+    for s, slot, reads in extra:
+        from_page, to_page = slot // rows.page, -(-max(end for _, end in reads) // rows.page)
+        pages += rows.table_SM[s, from_page:to_page].tolist()
+        page_count.append(to_page - from_page)
+        bases.append(from_page * rows.page)
+        for r, end in reads:
+            row.append(r)
+            first_E.append(slot - bases[-1])
+            limit_E.append(end - bases[-1])
+    branches = Pieces(
+        page_C=np.array(pages, np.int64),
+        page_start_J1=prefix_sum(np.array(page_count)),
+        base_J=np.array(bases, np.int64),
+        row_start_J1=prefix_sum(np.array([len(reads) for *_, reads in extra])),
+        row_E=np.array(row, np.int64),
+        first_E=np.array(first_E, np.int64),
+        limit_E=np.array(limit_E, np.int64),
+    )
+    return join(own, branches)
 
 
 def join(a: Pieces, b: Pieces) -> Pieces:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hasten.attention.pieces import depths
 from hasten.core.errors import IntegrityError, RequestError
 from hasten.lm.context.transform import Prompt, PromptTransform
 from hasten.lm.decoding.rounds import ask, take, verify
@@ -241,7 +242,7 @@ class Engine:
             return running
         for (sequence, found), proposal in zip(asked, proposals, strict=True):
             try:
-                take(drafter, sequence, proposal, found.limit, self.vocabulary)
+                take(drafter, sequence, proposal, found.limit, self.vocabulary, self.runner.trees)
             except Exception as error:
                 self._fail(sequence.request, error)
         return running
@@ -346,7 +347,8 @@ class Engine:
         drafter, proposal = self.parts.drafter, sequence.draft
         assert drafter is not None and proposal is not None and sequence.kv is not None  # noqa: PT018
         try:
-            tokens = verify(self.parts.verifier, sequence, logits_AV)
+            tokens, path = verify(self.parts.verifier, sequence, logits_AV)
+            self.cache.gather(sequence.kv, len(sequence.token_ids), path)
         except Exception as error:
             self._fail(sequence.request, error)
             return
@@ -356,7 +358,9 @@ class Engine:
         self.speculation += round
         logprobs: list[TokenLogprob] = []
         if sequence.params.logprobs is not None:
-            logprobs = token_logprobs(logits_AV[: len(tokens)], tokens, sequence.params.logprobs)
+            logprobs = token_logprobs(
+                logits_AV[[0, *(i + 1 for i in path)]], tokens, sequence.params.logprobs
+            )
         self._append(sequence, tokens, logprobs)
         if sequence.finish is None:
             self.cache.truncate(sequence.kv, len(sequence.token_ids) - 1)
@@ -448,13 +452,19 @@ def _chunk(work: Work) -> Chunk:
     sequence, start, stop = work.sequence, work.start, work.stop
     assert sequence.kv is not None
     ids: SequenceOf[int] = sequence.token_ids[start:stop]
-    logits = 0
+    positions, logits = sequence.positions(start, stop), 0
+    tree: tuple[int, ...] = ()
     if sequence.draft is not None:
         ids = [*ids, *sequence.draft.token_ids]
         logits = len(sequence.draft.token_ids) + 1
+        if not sequence.draft.is_chain():
+            tree = sequence.draft.parent
+            own = len(positions) - len(tree)
+            # A node's place is its level.
+            positions = [*positions[:own], *(positions[own + level] for level in depths(tree).tolist())]
     elif stop == len(sequence.token_ids):
         logits = 1
     rows_TE = sequence.request.prompt.embeddings_TE
     if rows_TE is not None:
         rows_TE = rows_TE[start:stop] if start < len(rows_TE) else None
-    return Chunk(sequence.kv, start, ids, sequence.positions(start, stop), logits, rows_TE)
+    return Chunk(sequence.kv, start, ids, positions, logits, rows_TE, tree)

@@ -43,6 +43,7 @@ class Chunk:
     start: index of the first token in the sequence; tokens before it are cached, slots are reserved.
     positions: rotary positions of the tokens; logits: how many of the last rows need logits (0: none).
     embeddings_TE: rows to use instead of the embeddings of the chunk's first tokens.
+    tree: parents of the last tokens, if they are nodes of a tree (`StepLayout.trees`); runs only where `Runner.trees`.
     """
 
     kv: SequenceKV
@@ -51,6 +52,7 @@ class Chunk:
     positions: Sequence[int]
     logits: int
     embeddings_TE: Tensor | None = None
+    tree: tuple[int, ...] = ()
 
 
 class Runner:
@@ -80,6 +82,9 @@ class Runner:
         self._round: DecodeRound | None = None
         self.best: list[int] | None = None
         count = decoder.config.num_layers
+        # Whether chunks may end in token trees: nothing but the kernel looks at which row sees what.
+        self.trees = self.policy is None and not self.hooks and cache.format.plain and kernel.trees
+        self.trees = self.trees and not any(decoder.rope(i).dynamic for i in range(count))
         self._hooks_at = {
             layer: found
             for layer in range(count + 1)
@@ -95,6 +100,8 @@ class Runner:
         float32 [R, V] with R the sum of ``chunk.logits``, in chunk order. Every chunk's ``kv`` has a row
         (`KVCache.attach`) and reserved slots for its tokens; its length is advanced.
         """
+        if not self.trees and any(chunk.tree for chunk in chunks):
+            raise UnsupportedError("this plan's attention cannot follow a token tree")
         self.best = None
         if self._round is not None and (logits_RV := self._continue(self._round, chunks)) is not None:
             return logits_RV
@@ -241,6 +248,7 @@ class _Step:
             page_size=size,
             sequence_ids=tuple(c.kv.id for c in self.chunks),
             layers=by_layer,
+            trees={s: chunk.tree for s, chunk in enumerate(self.chunks) if chunk.tree},
         )
 
     def layout_of(self, layer: int) -> StepLayout:

@@ -1,7 +1,8 @@
 """One round of speculation in the engine: ask the drafter, verify with the target's logits.
 
-Only chains run: a tree's nodes would have to see their ancestors and not their siblings, which "a row sees all tokens
-before it" cannot say. A tree is refused, not flattened.
+A tree's nodes lie one after the other in the cache, each sees its ancestors only (`tree_pieces` of
+`hasten.attention.pieces`), and what is accepted is moved together afterwards. Where something else than the kernel
+reads the cache, a tree is refused, not flattened.
 
 Legend: A proposed tokens, V vocabulary.
 """
@@ -37,22 +38,35 @@ def ask(sequence: Sequence, most: int, context: int) -> Ask | None:
 
 
 def take(
-    drafter: Drafter, sequence: Sequence, proposal: Proposal | None, limit: int, vocabulary: int
+    drafter: Drafter,
+    sequence: Sequence,
+    proposal: Proposal | None,
+    limit: int,
+    vocabulary: int,
+    trees: bool,
 ) -> None:
     """Set ``sequence.draft``. Raises `UnsupportedError` for a proposal that cannot be verified."""
     sequence.draft = None
     if proposal is None or not proposal.token_ids:
         return
     name = type(drafter).__name__
-    if not proposal.is_chain():
-        raise UnsupportedError(f"{name} proposed a tree; the engine verifies chains only")
+    count = len(proposal.token_ids)
+    if len(proposal.parent) != count or not all(-1 <= p < i for i, p in enumerate(proposal.parent)):
+        raise UnsupportedError(
+            f"{name} proposed {count} tokens whose parents are not a tree: {proposal.parent}"
+        )
+    if not trees and not proposal.is_chain():
+        raise UnsupportedError(
+            f"{name} proposed a tree; this plan verifies chains only: trees need plain KV pages, the dense attention "
+            "kernel, fixed rotary embeddings, no attention policy and no layer hook"
+        )
     if len(proposal.token_ids) > limit or not all(0 <= t < vocabulary for t in proposal.token_ids):
         raise UnsupportedError(f"{name} proposed more than {limit} tokens or a token outside the vocabulary")
     sequence.draft = proposal
 
 
-def verify(verifier: Verifier, sequence: Sequence, logits_AV: Tensor) -> list[int]:
-    """The tokens that one verify pass adds: the accepted part of the draft and one more.
+def verify(verifier: Verifier, sequence: Sequence, logits_AV: Tensor) -> tuple[list[int], tuple[int, ...]]:
+    """(the tokens that one verify pass adds, the accepted path of the draft): the path's tokens and one more.
 
     ``logits_AV`` [A+1, V]: the model's logits after the last committed token and after each proposed one.
     """
@@ -61,19 +75,24 @@ def verify(verifier: Verifier, sequence: Sequence, logits_AV: Tensor) -> list[in
     if sequence.processor is not None or params.temperature > 0:
         logits_AV = logits_AV.clone()
     if sequence.processor is not None:
-        for i in range(logits_AV.shape[0]):
-            sequence.processor.apply(logits_AV[i], proposal.token_ids[:i])
+        before: list[list[int]] = [[]]
+        for token, parent in zip(proposal.token_ids, proposal.parent, strict=True):
+            before.append([*before[parent + 1], token])
+        for i, ahead in enumerate(before):
+            sequence.processor.apply(logits_AV[i], ahead)
     if params.temperature > 0:
         logits_AV /= params.temperature
         truncate(logits_AV, [params] * logits_AV.shape[0])
         logits_AV *= params.temperature  # the verifier divides by it again; -inf stays
     accepted = verifier.verify(proposal, logits_AV, params.temperature, sequence.generator)
-    _check(accepted, len(proposal.token_ids), verifier)
-    return [*(proposal.token_ids[i] for i in accepted.path), accepted.next_token]
+    _check(accepted, proposal, verifier)
+    return [*(proposal.token_ids[i] for i in accepted.path), accepted.next_token], accepted.path
 
 
-def _check(accepted: Accepted, count: int, verifier: Verifier) -> None:
-    if accepted.path != tuple(range(len(accepted.path))) or len(accepted.path) > count:
+def _check(accepted: Accepted, proposal: Proposal, verifier: Verifier) -> None:
+    count = len(proposal.token_ids)
+    steps = zip((-1, *accepted.path), accepted.path, strict=False)
+    if not all(0 <= node < count and proposal.parent[node] == before for before, node in steps):
         raise UnsupportedError(
             f"{type(verifier).__name__} accepted {accepted.path}, not a path of the proposal"
         )

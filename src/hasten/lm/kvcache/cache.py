@@ -159,6 +159,17 @@ class KVCache:
                 self.table_RM[kv.row, i] = page
         return True
 
+    def gather(self, kv: SequenceKV, start: int, chosen: Sequence[int]) -> None:
+        """Token start + i becomes what token start + chosen[i] is (ascending); all lie in slots reserved for ``kv``."""
+        moved = [(start + c, start + i) for i, c in enumerate(chosen) if c != i]
+        if moved:
+            if self.sidecars.tensors:
+                raise UnsupportedError("tokens cannot be moved: an attention policy keeps sidecars of them")
+            place = torch.tensor(moved)
+            page = torch.tensor(kv.pages)[place // self.page_size]
+            slot_T2 = page * self.page_size + place % self.page_size
+            self.format.copy_tokens(slot_T2[:, 0], slot_T2[:, 1])
+
     def truncate(self, kv: SequenceKV, length: int) -> None:
         """Forget the tokens from ``length`` on and release the pages that held only those."""
         if length < kv.floor:

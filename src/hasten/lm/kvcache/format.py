@@ -61,6 +61,10 @@ class KVFormat(ABC):
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page in every layer (copy on write)."""
 
+    def copy_tokens(self, source_T: Tensor, target_T: Tensor) -> None:
+        """Copy tokens between slots (int64, page * P + offset) in every layer; all are read before any is written."""
+        raise UnsupportedError(f"{type(self).__name__} cannot move tokens within the cache")
+
     def read_page(self, page: int) -> list[Tensor]:
         """A page's content over all layers, as tensors of the format's own making (for tiers and files)."""
         raise UnsupportedError(f"{type(self).__name__} pages cannot be moved out of the cache")
@@ -124,6 +128,13 @@ class PlainKV(KVFormat):
         for pages in self.layers:
             pages.k_NGPD[target] = pages.k_NGPD[source]
             pages.v_NGPD[target] = pages.v_NGPD[source]
+
+    def copy_tokens(self, source_T: Tensor, target_T: Tensor) -> None:
+        for pages in self.layers:
+            size = pages.k_NGPD.shape[2]
+            there, here = (target_T // size, target_T % size), (source_T // size, source_T % size)
+            for x_NGPD in (pages.k_NGPD, pages.v_NGPD):
+                x_NGPD[there[0], :, there[1]] = x_NGPD[here[0], :, here[1]]
 
     def read_page(self, page: int) -> list[Tensor]:
         return [torch.stack([kv.k_NGPD[page], kv.v_NGPD[page]]) for kv in self.layers]
