@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import hasten
 from hasten.catalog import cards, loader
 from hasten.core.errors import NotBuiltError, UnknownNameError
 from hasten.core.technique import Technique
@@ -111,3 +112,13 @@ def test_an_available_system_has_published_a_comparison(slug: str):
     assert checkout is not None
     assert cards.published_of(RECORDS[slug], checkout) is not None
     assert (checkout / "tests" / "acceptance" / f"{slug}.py").is_file()
+
+
+def test_what_is_beside_the_systems_resolves_and_is_listed_apart():
+    beside = loader.beside()
+    assert not set(beside) & set(RECORDS)
+    assert set(beside) == {r.slug for r in loader.select(family="engine")}
+    for slug, record in beside.items():
+        kind = loader.technique(slug)
+        assert (kind.slug, kind.lossless, kind.slots) == (slug, record.lossless, record.slots)
+        assert getattr(hasten, kind.__name__) is kind

@@ -152,3 +152,18 @@ def test_the_program_takes_bytes(program, tiny_path):
     done = program("generate", b"caf\xe9", "--model", tiny_path, "--dtype", "float32")
     assert (done.returncode, done.stdout) == (5, b"")
     assert done.stderr == b"hasten: the prompt is not valid UTF-8; convert it first, e.g. with iconv\n"
+
+
+def test_json_says_what_drafting_did(generate):
+    """Same tokens with a drafter; the counts only where there is one."""
+    plain = json.loads(generate("a b a b a b", "--raw", "--json", "--ignore-eos", "--max-tokens", "24"))
+    use = "prompt_lookup:min_ngram=1,adaptive=false"
+    found = json.loads(
+        generate("a b a b a b", "--raw", "--json", "--ignore-eos", "--max-tokens", "24", "--use", use)
+    )
+    assert found["token_ids"] == plain["token_ids"]
+    assert "speculation" not in plain
+    done = found["speculation"]
+    assert done["rounds"] > 0
+    assert 0 <= done["accepted"] <= done["drafted"]
+    assert done["acceptance_length"] == pytest.approx(1 + done["accepted"] / done["rounds"], abs=1e-3)

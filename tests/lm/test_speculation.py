@@ -274,13 +274,14 @@ class Forest(Drafter):
 
 
 @pytest.mark.parametrize("shaped", [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.3, "logprobs": 1}])
-@pytest.mark.parametrize("tight", [False, True])
-def test_trees_are_verified_in_one_pass(make_llm, shaped, tight):
+@pytest.mark.parametrize(("tight", "use"), [(False, None), (True, None), (False, "hydragen")])
+def test_trees_are_verified_in_one_pass(make_llm, shaped, tight, use):
     """Trees of up to 14 nodes, batched, over page borders, with preemption: plain answers, every right guess kept."""
     plain = make_llm(kv_tokens=600)
     prompts = [ids_of(5 + n, n) for n in range(4)]
     want = [plain.generate([p], params(40, **shaped))[0] for p in prompts]
-    llm = make_llm(kv_tokens=112 if tight else 600, draft_tokens=14, max_step_tokens=64)
+    techniques = () if use is None else (loader.technique(use)(),)
+    llm = make_llm(*techniques, kv_tokens=112 if tight else 600, draft_tokens=14, max_step_tokens=64)
     forest = Forest([(p, list(w.token_ids)) for p, w in zip(prompts, want, strict=True)])
     llm.engine.parts.drafter = forest
     requests = [llm.engine.submit(p, params(40, **shaped)) for p in prompts]

@@ -244,9 +244,8 @@ class ModelDrafter(Drafter):
                 return None
             kv = self.cache.open(ask.sequence_id, ask.token_ids)
             self.cache.attach(kv)
-            state = _State(
-                ask.token_ids, kv, kv.length, self._past.pop(ask.sequence_id, None) or Acceptance()
-            )
+            known = self._past.pop(ask.sequence_id, Acceptance())
+            state = _State(ask.token_ids, kv, kv.length, known)
             self._states[ask.sequence_id] = state
         return state
 
