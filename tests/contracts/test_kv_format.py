@@ -5,12 +5,14 @@ import torch
 
 from hasten.attention.layout import KVPages, StepLayout
 from hasten.core.errors import UnsupportedError
+from hasten.kernels.pages import dequantise
 from hasten.lm.kvcache.format import KVFormat, PlainKV
+from hasten.lm.kvcache.int8 import Int8KV
 from hasten.models.config import HeadShape, RopeSpec
 from hasten.models.rope import Rope
 
 SLOT = "kv_format"
-DEFAULTS = {"float32": PlainKV, "bfloat16": lambda: PlainKV(torch.bfloat16)}
+DEFAULTS = {"float32": PlainKV, "bfloat16": lambda: PlainKV(torch.bfloat16), "int8": Int8KV}
 SHAPE = HeadShape(heads=4, kv_heads=2, size=32)
 
 
@@ -25,6 +27,10 @@ def layout(slots: list[int], size: int = 4) -> StepLayout:
         size,
         (0,),
     )
+
+
+def numbers(pages: torch.Tensor) -> torch.Tensor:
+    return dequantise(pages) if pages.dtype is torch.int8 else pages.float()
 
 
 def keys(count: int, seed: int = 0) -> torch.Tensor:
@@ -48,10 +54,11 @@ def test_pages_hold_what_was_appended(provider):
     k, v = keys(4), keys(4, 1)
     format.append(1, k, v, layout(slots))
     pages = format.pages(1)
-    assert pages.k_NGPD.shape == pages.v_NGPD.shape == (6, 2, 4, 32)
+    held_k, held_v = numbers(pages.k_NGPD), numbers(pages.v_NGPD)
+    assert held_k.shape == held_v.shape == (6, 2, 4, 32)
     for i, slot in enumerate(slots):
-        torch.testing.assert_close(pages.k_NGPD[slot // 4, :, slot % 4].float(), k[i], atol=2e-2, rtol=1e-2)
-        torch.testing.assert_close(pages.v_NGPD[slot // 4, :, slot % 4].float(), v[i], atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(held_k[slot // 4, :, slot % 4], k[i], atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(held_v[slot // 4, :, slot % 4], v[i], atol=2e-2, rtol=1e-2)
 
 
 def test_pages_are_copied_in_every_layer_and_move_out_and_in(provider):
@@ -93,4 +100,6 @@ def test_rotating_and_appending_equals_the_two_one_after_the_other(provider):
     except UnsupportedError:
         return
     for a, b in pairs:
-        torch.testing.assert_close(a[..., 1:, :], b[..., 1:, :])
+        # A last bit of the rotation may move a code of an int8 page.
+        close = {"atol": 0.05, "rtol": 0} if a.dtype is torch.int8 else {}
+        torch.testing.assert_close(numbers(a)[..., 1:, :], numbers(b)[..., 1:, :], **close)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hasten.kernels.attention import PieceWork, attend_pieces, attend_tokens
 from hasten.kernels.native import _module, available_levels
+from hasten.kernels.pages import quantise
 from hasten.kernels.reference import attention as reference
 
 LEVELS = [pytest.param(_module(name), id=name) for name in available_levels()]
@@ -23,7 +24,7 @@ SHAPES = st.tuples(
     st.sampled_from([1, 7, 8, 16, 24, 33, 40, 64, 72, 96, 128, 256]),
     st.sampled_from([1, 3, 5, 16, 64]),
 )
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
 SOFTCAPS = st.sampled_from([None, None, 5.0, 50.0])
 
 
@@ -62,8 +63,8 @@ def pool_of(
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (pages, groups, page, size)
-    k = torch.randn(shape, generator=generator).to(dtype)
-    return k, torch.randn(shape, generator=generator).to(dtype)
+    k, v = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    return (quantise(k), quantise(v)) if dtype is torch.int8 else (k.to(dtype), v.to(dtype))
 
 
 def assert_close(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:

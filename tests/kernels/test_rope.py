@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.kernels.native import _module, available_levels
+from hasten.kernels.pages import TAIL, dequantise, quantise
 from hasten.kernels.reference import rope as reference
 from hasten.kernels.rope import rope_append
 
@@ -29,7 +30,8 @@ def inputs(
     angle = 10 * torch.randn(rows, rotated, generator=generator)
     pages = rows // page + 2
     slot = torch.randperm(pages * page, generator=generator)[:rows]
-    pool = torch.zeros(2, pages, groups, page, size, dtype=dtype)
+    stored = size + TAIL if dtype is torch.int8 else size
+    pool = torch.zeros(2, pages, groups, page, stored, dtype=dtype)
     return [q, k, v, angle.cos(), angle.sin(), slot, pool[0], pool[1]]
 
 
@@ -40,7 +42,7 @@ def inputs(
     heads=st.sampled_from([(1, 1), (9, 3), (4, 2)]),
     size=st.sampled_from([(2, 2), (16, 16), (33, 10), (64, 64), (80, 32), (128, 128)]),
     page=st.sampled_from([1, 16]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
     rotate_keys=st.booleans(),
 )
 @settings(max_examples=50, deadline=None)
@@ -60,10 +62,14 @@ def test_equals_reference(
     reference.rope_append(*expected, rotate_keys=rotate_keys)
     for name, a, b in zip("qkv", got, expected, strict=False):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-    # A value on the border of two bfloat16 numbers may round either way after a different last bit.
+    assert torch.equal(got[7], expected[7])
+    # A value on the border of two codes or bfloat16 numbers may round either way after a different last bit.
+    if dtype is torch.int8:
+        step = expected[6][..., -TAIL:].contiguous().view(torch.float32)
+        assert ((dequantise(got[6]) - dequantise(expected[6])).abs() <= 1.01 * step).all()
+        return
     close = {"atol": 1e-5, "rtol": 1e-5 if dtype is torch.float32 else 8e-3}
     torch.testing.assert_close(got[6], expected[6], **close)
-    assert torch.equal(got[7], expected[7])
 
 
 @pytest.mark.parametrize("module", LEVELS)
@@ -81,6 +87,26 @@ def test_bfloat16_rounds_as_torch_does(module: ModuleType) -> None:
     assert torch.equal(torch.isnan(got), torch.isnan(expected))
     number = ~torch.isnan(expected)
     assert torch.equal(got[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("module", LEVELS)
+def test_int8_is_within_half_a_step_and_keeps_what_is_not_finite(module: ModuleType) -> None:
+    v = (
+        torch.randn(64, 1, 33, generator=torch.Generator().manual_seed(0))
+        * 10.0 ** torch.arange(-32, 32)[:, None, None]
+    )
+    v[0], v[1, 0, 3], v[2, 0, 4], v[3] = 0.0, float("nan"), float("inf"), 3e38
+    q, k, table = torch.zeros(64, 1, 33), torch.zeros(64, 1, 33), torch.zeros(64, 0)
+    pool = torch.zeros(2, 4, 1, 16, 33 + TAIL, dtype=torch.int8)
+    rope_append(q, k, v, table, table, torch.arange(64), pool[0], pool[1], module=module)
+    got = pool[1].view(64, 1, 33 + TAIL)
+    assert torch.equal(got, quantise(v))
+    value = dequantise(got)
+    assert not value[1:3].isfinite().any()
+    assert (value[0] == 0).all()
+    half = v.abs().amax(-1, keepdim=True) / 127 / 2
+    fine = v.isfinite().all(-1)[:, 0]
+    assert ((value - v).abs() <= 1.001 * half + 1e-37)[fine].all()
 
 
 def test_bad_input_is_refused() -> None:

@@ -37,7 +37,7 @@ nb::capsule attend_work(Index page, Index page_start, Index row_start, Index row
 }
 
 void attend_pieces(nb::capsule handle, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out,
-                   std::uintptr_t lse, int rows, int heads, int groups, int size, int pages, int page, bool bf16,
+                   std::uintptr_t lse, int rows, int heads, int groups, int size, int pages, int page, int kind,
                    float scale, float softcap) {
   Work& w = unwrap_work(handle, kWork);
   check_work(w, rows, pages, page);
@@ -50,7 +50,7 @@ void attend_pieces(nb::capsule handle, std::uintptr_t q, std::uintptr_t k, std::
     plan = make_plan(*w.lists, w.first.data(), w.limit.data(),
                      {w.entries(), heads / groups, groups, workers, INT32_MAX, kBlock, true, false, kCosts});
   nb::gil_scoped_release release;
-  run(w.view(), *plan, c, bf16);
+  run(w.view(), *plan, c, kind);
 }
 
 HASTEN_KERNELS(m) {
@@ -107,7 +107,7 @@ void check_schedule(const Work& work, int rows, int heads, int groups, int pages
           "the schedule was made for another number of heads");
 }
 
-void run(const View& view, const Plan& plan, const Call& call, bool bf16) {
+void run(const View& view, const Plan& plan, const Call& call, int kind) {
   const int workers = plan.workers();
   // Below about 10 microseconds of work, waking the other threads costs more than it saves.
   const bool parallel = workers > 1 && plan.vectors * call.size > 2e5;
@@ -115,7 +115,8 @@ void run(const View& view, const Plan& plan, const Call& call, bool bf16) {
   for (int w = 0; w < workers; ++w) {
     Plain policy(call);
     for (int i = plan.worker_start[w]; i < plan.worker_start[w + 1]; ++i) {
-      if (bf16) run_task<std::uint16_t>(view, call, plan.tasks[i], policy);
+      if (kind == kPagesBfloat16) run_task<std::uint16_t>(view, call, plan.tasks[i], policy);
+      else if (kind == kPagesInt8) run_task<std::int8_t>(view, call, plan.tasks[i], policy);
       else run_task<float>(view, call, plan.tasks[i], policy);
     }
   }

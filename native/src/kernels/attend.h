@@ -14,7 +14,7 @@
 #include <cfloat>
 #include <vector>
 
-#include "simd.h"
+#include "pages.h"
 
 namespace hasten::attend {
 
@@ -70,9 +70,15 @@ inline vf tanh(vf x) {
   return x * p / q;
 }
 
-inline float widen(float x) { return x; }
-inline float widen(std::uint16_t x) { return bf16_to_float(x); }
-
+// Folds the tokens' scales into their scores or weights: rows of kTile floats.
+template <int Q, typename KV>
+inline void fold(const KV* const* token, int low, int high, int size, float* score) {
+  if constexpr (kTail<KV> > 0)
+    for (int t = low; t < high; ++t) {
+      const float scale = scale_of(token[t], size);
+      for (int i = 0; i < Q; ++i) score[i * kTile + t] *= scale;
+    }
+}
 
 template <typename KV>
 struct Tokens {
@@ -142,7 +148,7 @@ void few_scores(const float* q, int stride, const Tokens<KV>& tile, int low, int
       for (int i = 0; i < Q; ++i) x[i] = vf::load(q + i * stride + c * W);
 #pragma GCC unroll 8
       for (int u = 0; u < T; ++u) {
-        vf y = vf::load(tile.k[t + u] + c * W);
+        vf y = load_stored(tile.k[t + u] + c * W);
 #pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) acc[i][u] = fma(x[i], y, acc[i][u]);
       }
@@ -157,7 +163,7 @@ void few_scores(const float* q, int stride, const Tokens<KV>& tile, int low, int
     vf acc[Q];
     for (int i = 0; i < Q; ++i) acc[i] = vf::zero();
     for (int c = 0; c < nv; ++c) {
-      vf y = vf::load(tile.k[t] + c * W);
+      vf y = load_stored(tile.k[t] + c * W);
       for (int i = 0; i < Q; ++i) acc[i] = fma(vf::load(q + i * stride + c * W), y, acc[i]);
     }
     for (int i = 0; i < Q; ++i) score[i * kTile + t] = acc[i].sum();
@@ -185,7 +191,7 @@ inline void few_values(const float* p, const Tokens<KV>& tile, int low, int high
     for (int i = 0; i < Q; ++i) x[i] = vf::set(p[i * kTile + t]);
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
-      const vf y = vf::load(v + j * W);
+      const vf y = load_stored(v + j * W);
 #pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) acc[i][j] = fma(x[i], y, acc[i][j]);
     }
@@ -313,10 +319,12 @@ void few_rows(State& st, int row, const Tokens<KV>& tile, const Span* span, cons
   float* o = st.o.data() + static_cast<std::size_t>(row) * st.stride;
   const float* q = st.q.data() + static_cast<std::size_t>(row) * st.stride;
   few_scores<Q, Ahead>(q, st.stride, tile, low, high, nv, score, next);
+  fold<Q>(tile.k, low, high, st.stride, score);
   for (int i = 0; i < Q; ++i) {
     const float factor = policy.weights(score + i * kTile, low, high, span[row + i], row + i, st.m[row + i], st.l[row + i]);
     if (factor != 1.0f) scale_row(o + i * st.stride, st.stride, factor);
   }
+  fold<Q>(tile.v, low, high, st.stride, score);
   few_values_all<Q, Ahead>(score, tile, low, high, o, st.stride, nv, next);
 }
 
@@ -332,6 +340,18 @@ void few_tile(State& st, const Tokens<KV>& tile, const Span* span, const Policy&
   };
   int row = next == nullptr ? 0 : rows.template operator()<true>(0, st.count);
   while (row < st.count) row += rows.template operator()<false>(row, st.count - row);
+}
+
+// A key or value as floats.
+template <typename KV>
+inline void copy_token(const KV* from, int size, float* to) {
+  const float scale = scale_of(from, size);
+  int d = 0;
+  for (; d + vf::width <= size; d += vf::width) {
+    if constexpr (kTail<KV> > 0) (load_stored(from + d) * vf::set(scale)).store(to + d);
+    else load_stored(from + d).store(to + d);
+  }
+  for (; d < size; ++d) to[d] = widen(from[d]) * scale;
 }
 
 // A tile copied to float scratch with rows padded to whole vectors: for head sizes that are not a multiple of vf::width, and
@@ -351,10 +371,8 @@ struct Padded {
     for (int t = 0; t < count; ++t) {
       float* kt = k.data() + static_cast<std::size_t>(t) * stride;
       float* vt = v.data() + static_cast<std::size_t>(t) * stride;
-      int d = 0;
-      for (; d + vf::width <= size; d += vf::width)
-        vf::load(tile.k[t] + d).store(kt + d), vf::load(tile.v[t] + d).store(vt + d);
-      for (; d < size; ++d) kt[d] = widen(tile.k[t][d]), vt[d] = widen(tile.v[t][d]);
+      copy_token(tile.k[t], size, kt);
+      copy_token(tile.v[t], size, vt);
       tokens.k[t] = kt;
       tokens.v[t] = vt;
     }

@@ -20,10 +20,8 @@ struct Packed {
     pack_keys(tile, tokens, filled, size);
     for (int t = 0; t < tokens; ++t) {
       float* to = v.data() + static_cast<std::size_t>(t) * padded;
-      int d = 0;
-      for (; d + vf::width <= size; d += vf::width) vf::load(tile.v[t] + d).store(to + d);
-      for (; d < size; ++d) to[d] = widen(tile.v[t][d]);
-      for (; d < padded; ++d) to[d] = 0.0f;
+      copy_token(tile.v[t], size, to);
+      for (int d = size; d < padded; ++d) to[d] = 0.0f;
     }
   }
 
@@ -36,19 +34,25 @@ struct Packed {
     int t = 0;
 #if defined(__AVX2__)
     for (; t + 8 <= tokens; t += 8) {
+      float scale[8];
+      for (int i = 0; i < 8; ++i) scale[i] = scale_of(tile.k[t + i], size);
       int d = 0;
       for (; d + 8 <= size; d += 8) {
         __m256 r[8];
         for (int i = 0; i < 8; ++i) r[i] = load8(tile.k[t + i] + d);
+        if constexpr (kTail<KV> > 0)
+          for (int i = 0; i < 8; ++i) r[i] = _mm256_mul_ps(r[i], _mm256_set1_ps(scale[i]));
         transpose8(r);
         for (int i = 0; i < 8; ++i) _mm256_storeu_ps(place(t, d + i), r[i]);
       }
       for (; d < size; ++d)
-        for (int i = 0; i < 8; ++i) *place(t + i, d) = widen(tile.k[t + i][d]);
+        for (int i = 0; i < 8; ++i) *place(t + i, d) = widen(tile.k[t + i][d]) * scale[i];
     }
 #endif
-    for (; t < filled; ++t)
-      for (int d = 0; d < size; ++d) *place(t, d) = t < tokens ? widen(tile.k[t][d]) : 0.0f;
+    for (; t < filled; ++t) {
+      const float scale = t < tokens ? scale_of(tile.k[t], size) : 0.0f;
+      for (int d = 0; d < size; ++d) *place(t, d) = t < tokens ? widen(tile.k[t][d]) * scale : 0.0f;
+    }
   }
 
 #if defined(__AVX2__)
@@ -56,6 +60,9 @@ struct Packed {
   static __m256 load8(const std::uint16_t* p) {
     __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+  }
+  static __m256 load8(const std::int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   static void transpose8(__m256* r) {
     __m256 a[8], b[8];

@@ -33,7 +33,7 @@ struct Call {
 template <typename KV>
 void locate(const View& w, const Call& c, const Task& task, int from, int to, Tokens<KV>& tile) {
   const std::int32_t* pages = w.page + w.page_start[task.piece];
-  const std::size_t size = static_cast<std::size_t>(c.size);
+  const std::size_t size = static_cast<std::size_t>(c.size) + kTail<KV>;
   for (int t = from; t < to;) {
     const int offset = t % c.page;
     const int run = std::min(c.page - offset, to - t);

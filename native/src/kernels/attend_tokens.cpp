@@ -36,7 +36,8 @@ int locate(const Call& c, int row, int head, const std::int32_t* index, int coun
       continue;
     }
     const std::size_t offset =
-        ((static_cast<std::size_t>(page) * c.groups + head) * c.page + at % static_cast<std::uint32_t>(c.page)) * c.size;
+        ((static_cast<std::size_t>(page) * c.groups + head) * c.page + at % static_cast<std::uint32_t>(c.page)) *
+        (c.size + kTail<KV>);
     tile.k[filled] = static_cast<const KV*>(c.k) + offset;
     tile.v[filled] = static_cast<const KV*>(c.v) + offset;
     ++filled;
@@ -61,8 +62,8 @@ void run_part(const Call& c, int row, int choice, int begin, int end, float* out
   int now = 0;
   int count = locate(c, row, head, index + begin, std::min(kTile, end - begin), tiles[now]);
   for (int i = 0; i < count; ++i) {
-    prefetch_token(tiles[now].k[i], c.size * static_cast<int>(sizeof(KV)));
-    prefetch_token(tiles[now].v[i], c.size * static_cast<int>(sizeof(KV)));
+    prefetch_token(tiles[now].k[i], (c.size + kTail<KV>) * static_cast<int>(sizeof(KV)));
+    prefetch_token(tiles[now].v[i], (c.size + kTail<KV>) * static_cast<int>(sizeof(KV)));
   }
   for (int t = begin; t < end; t += kTile) {
     const int ahead =
@@ -99,7 +100,7 @@ void join(const float* out, const float* lse, int parts, std::size_t stride, int
 
 }  // namespace
 
-bool attend::tokens(const Chosen& chosen, int rows, bool bf16, float* out, float* lse) {
+bool attend::tokens(const Chosen& chosen, int rows, int kind, float* out, float* lse) {
   std::atomic<bool> bad{false};
   const Call c{chosen, &bad};
   const int units = rows * c.choices;
@@ -118,9 +119,12 @@ bool attend::tokens(const Chosen& chosen, int rows, bool bf16, float* out, float
     const std::int64_t n = c.count[unit];
     const int begin = static_cast<int>(n * part / parts), end = static_cast<int>(n * (part + 1) / parts);
     const std::size_t at = part * stride + static_cast<std::size_t>(unit) * repeat;
-    float* to = part_out + at * c.size;
-    if (bf16) run_part<std::uint16_t>(c, unit / c.choices, unit % c.choices, begin, end, to, part_lse + at);
-    else run_part<float>(c, unit / c.choices, unit % c.choices, begin, end, to, part_lse + at);
+    auto run = [&]<typename KV>(const KV*) {
+      run_part<KV>(c, unit / c.choices, unit % c.choices, begin, end, part_out + at * c.size, part_lse + at);
+    };
+    if (kind == kPagesBfloat16) run(static_cast<const std::uint16_t*>(nullptr));
+    else if (kind == kPagesInt8) run(static_cast<const std::int8_t*>(nullptr));
+    else run(static_cast<const float*>(nullptr));
   }
   if (parts > 1)
     for (std::size_t h = 0; h < stride; ++h)
@@ -133,7 +137,7 @@ namespace {
 void attend_tokens(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, Array<const std::int32_t, -1, -1> table,
                    Array<const std::int32_t, -1, -1, -1> index, Array<const std::int32_t, -1, -1> count,
                    std::uintptr_t out_address, std::uintptr_t lse_address, int heads, int groups, int size, int pages,
-                   int page, bool bf16, float scale, float softcap) {
+                   int page, int kind, float scale, float softcap) {
   const int rows = static_cast<int>(table.shape(0));
   const int choices = static_cast<int>(index.shape(1));
   const int most = static_cast<int>(index.shape(2));
@@ -150,7 +154,7 @@ void attend_tokens(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, Array<c
   bool found;
   {
     nb::gil_scoped_release release;
-    found = tokens(c, rows, bf16, reinterpret_cast<float*>(out_address), reinterpret_cast<float*>(lse_address));
+    found = tokens(c, rows, kind, reinterpret_cast<float*>(out_address), reinterpret_cast<float*>(lse_address));
   }
   require(found, "index_RXK names a token without a page (outside page_table_RM or the pool)");
 }

@@ -14,7 +14,7 @@ struct Chosen {
   float scale, softcap;
 };
 
-// out[rows][heads][size] and lse[rows][heads]; false if a choice named a token without a page.
-bool tokens(const Chosen& chosen, int rows, bool bf16, float* out, float* lse);
+// out[rows][heads][size] and lse[rows][heads]; kind: a PageKind. False if a choice named a token without a page.
+bool tokens(const Chosen& chosen, int rows, int kind, float* out, float* lse);
 
 }  // namespace hasten::attend

@@ -90,8 +90,8 @@ void check_work(const Work& work, int rows, int pages, int page);
 // Raises ValueError unless the work is a schedule of exactly `rows` rows and these heads that fits the pool.
 void check_schedule(const Work& work, int rows, int heads, int groups, int pages, int page);
 
-// All tasks, worker by worker.
-void run(const View& view, const Plan& plan, const Call& call, bool bf16);
+// All tasks, worker by worker. kind: a PageKind.
+void run(const View& view, const Plan& plan, const Call& call, int kind);
 // Joins the rows that are in several parts.
 void join_parts(const Plan& plan, const Call& call);
 

@@ -15,7 +15,6 @@ using attend::tanh;
 using attend::operator/;
 using attend::kLn2;
 using attend::kLog2e;
-using attend::widen;
 
 constexpr int W = vf::width;
 constexpr int kStrip = W == 1 ? 24 : 3 * W;

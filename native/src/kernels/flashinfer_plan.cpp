@@ -300,7 +300,7 @@ float* workspace(std::size_t count) {
 }
 
 void schedule_run(const nb::capsule& handle, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out,
-                  std::uintptr_t lse, int rows, int heads, int groups, int size, int pages, int page, bool bf16,
+                  std::uintptr_t lse, int rows, int heads, int groups, int size, int pages, int page, int kind,
                   float scale, float softcap) {
   const Work& w = unwrap_work(handle, kSchedule);
   check_schedule(w, rows, heads, groups, pages, page);
@@ -310,7 +310,7 @@ void schedule_run(const nb::capsule& handle, std::uintptr_t q, std::uintptr_t k,
                reinterpret_cast<float*>(lse), part, part + static_cast<std::size_t>(w.plan->slots) * heads * size, heads,
                groups, size, page, scale, softcap};
   nb::gil_scoped_release release;
-  run(w.view(), *w.plan, c, bf16);
+  run(w.view(), *w.plan, c, kind);
   join_parts(*w.plan, c);
 }
 

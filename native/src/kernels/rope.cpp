@@ -37,12 +37,28 @@ void store(const float* from, std::uint16_t* to, int size) {
   for (int d = 0; d < size; ++d) to[d] = to_bf16(from[d]);
 }
 
+// Codes of at most 127 steps either way, then their scale, of which a number that is not finite makes infinity or NaN.
+void store(const float* from, std::int8_t* to, int size) {
+  float most = 0.0f;
+  for (int d = 0; d < size; ++d) {
+    const float a = std::fabs(from[d]);
+    most = a > most || a != a ? a : most;
+  }
+  const float scale = most / 127.0f, steps = 127.0f / most;
+  if (steps > 0.0f && steps < 1e38f)
+    for (int d = 0; d < size; ++d) to[d] = static_cast<std::int8_t>(std::nearbyint(from[d] * steps));
+  else
+    std::memset(to, 0, static_cast<std::size_t>(size));
+  std::memcpy(to + size, &scale, sizeof scale);
+}
+
 template <typename KV>
 void write(const Rows& from, std::int64_t row, KV* pages, std::int64_t slot, int page, int size) {
-  KV* to = pages + ((slot / page * from.heads) * page + slot % page) * size;
+  const int stored = size + kTail<KV>;
+  KV* to = pages + ((slot / page * from.heads) * page + slot % page) * stored;
   for (int g = 0; g < from.heads; ++g)
     store(from.data + row * from.stride + static_cast<std::int64_t>(g) * size,
-          to + static_cast<std::int64_t>(g) * page * size, size);
+          to + static_cast<std::int64_t>(g) * page * stored, size);
 }
 
 }  // namespace
@@ -65,7 +81,10 @@ void append(Rows q, Rows k, Rows v, int size, Tables tables, bool rotate_keys, c
     if (rotate_keys)
       for (int g = 0; g < k.heads; ++g)
         rotate(k.data + t * k.stride + static_cast<std::int64_t>(g) * size, cos, sin, half);
-    if (pool.bf16) {
+    if (pool.kind == kPagesInt8) {
+      write(k, t, static_cast<std::int8_t*>(pool.k), slots[t], pool.page, size);
+      write(v, t, static_cast<std::int8_t*>(pool.v), slots[t], pool.page, size);
+    } else if (pool.kind == kPagesBfloat16) {
       write(k, t, static_cast<std::uint16_t*>(pool.k), slots[t], pool.page, size);
       write(v, t, static_cast<std::uint16_t*>(pool.v), slots[t], pool.page, size);
     } else {
@@ -82,7 +101,7 @@ namespace {
 void rope_append(std::uintptr_t q, std::int64_t q_stride, int heads, std::uintptr_t k, std::int64_t k_stride,
                  std::uintptr_t v, std::int64_t v_stride, int groups, int size, std::uintptr_t cos, std::uintptr_t sin,
                  int rotated, bool rotate_keys, Array<const std::int64_t, -1> slot, std::uintptr_t k_pages,
-                 std::uintptr_t v_pages, std::int64_t pages, int page, bool bf16) {
+                 std::uintptr_t v_pages, std::int64_t pages, int page, int kind) {
   const auto rows = static_cast<std::int64_t>(slot.shape(0));
   const std::int64_t* slots = slot.data();
   rope::check_slots(slots, rows, pages, page);
@@ -90,7 +109,7 @@ void rope_append(std::uintptr_t q, std::int64_t q_stride, int heads, std::uintpt
   rope::append({reinterpret_cast<float*>(q), q_stride, heads}, {reinterpret_cast<float*>(k), k_stride, groups},
                {reinterpret_cast<float*>(v), v_stride, groups}, size,
                {reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), rotated}, rotate_keys, slots,
-               rows, {reinterpret_cast<void*>(k_pages), reinterpret_cast<void*>(v_pages), pages, page, bf16});
+               rows, {reinterpret_cast<void*>(k_pages), reinterpret_cast<void*>(v_pages), pages, page, kind});
 }
 
 HASTEN_KERNELS(m) { m.def("rope_append", &rope_append); }

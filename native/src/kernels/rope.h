@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "hasten.h"
+#include "pages.h"
 
 namespace hasten::rope {
 
@@ -19,10 +20,10 @@ struct Tables {  // [rows][rotated]
 };
 
 struct Pool {
-  void *k, *v;  // [pages][heads][page][size]
+  void *k, *v;  // [pages][heads][page][size], of int8 [size + 4]
   std::int64_t pages;
   int page;
-  bool bf16;
+  int kind;  // a PageKind
 };
 
 // Raises ValueError for a slot outside the pool.

@@ -1,4 +1,4 @@
-// All layers of a decoder over plain pages (float32 or bfloat16), for a whole step in one call: step.cpp and decode.cpp.
+// All layers of a decoder over paged keys and values, for a whole step in one call: step.cpp and decode.cpp.
 #pragma once
 
 #include <vector>
@@ -19,7 +19,7 @@ struct Stack {
   std::vector<Layer> layers;
   std::int64_t pages = 0;
   int page = 0;
-  bool bf16 = false;
+  int kind = 0;  // a PageKind
   int ropes = 0, readings = 0;
 
   int hidden() const { return layers.front().block->hidden; }

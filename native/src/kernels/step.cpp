@@ -1,5 +1,5 @@
 // A whole step of the decoder stack in one call, for steps in which every layer reads densely what a schedule says (see
-// attend_work.h): layers of packed weights, float32 or bfloat16 pages. Everything that differs from step to step comes
+// attend_work.h): layers of packed weights. Everything that differs from step to step comes
 // with the call; everything that does not was checked when the stack was made.
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -19,13 +19,13 @@ using Reading = std::tuple<nb::capsule, float, float>;
 
 nb::capsule stack(const std::vector<nb::capsule>& blocks, const std::vector<Address>& k, const std::vector<Address>& v,
                   const std::vector<int>& rope, const std::vector<int>& reading, std::int64_t pages, int page,
-                  bool bf16) {
+                  int kind) {
   auto s = std::make_unique<Stack>();
   const std::size_t count = blocks.size();
   require(count > 0 && k.size() == count && v.size() == count && rope.size() == count && reading.size() == count,
           "a stack needs pages, a rope and a reading for each of its layers");
   require(pages > 0 && page > 0, "the page pool is empty");
-  s->pages = pages, s->page = page, s->bf16 = bf16;
+  s->pages = pages, s->page = page, s->kind = kind;
   for (std::size_t i = 0; i < count; ++i) {
     const Block& b = unwrap_block(blocks[i]);
     const Block& first = unwrap_block(blocks[0]);
@@ -78,7 +78,7 @@ bool run_stack(const Stack& stack, float* x, int rows, const std::int64_t* slot,
     float *k = qkv + query, *row_lse = lse + static_cast<std::size_t>(plan.slots) * b.heads;
     b.attention_in(x, rows, qkv);
     rope::append({qkv, width, b.heads}, {k, width, b.kv_heads}, {k + b.kv_heads * b.size, width, b.kv_heads}, b.size,
-                 tables[layer.rope], true, slot, rows, {layer.k, layer.v, stack.pages, stack.page, stack.bf16});
+                 tables[layer.rope], true, slot, rows, {layer.k, layer.v, stack.pages, stack.page, stack.kind});
     const Selector* selector = choosing == nullptr ? nullptr : choosing->selector[i];
     if (selector != nullptr) selector->append(k, width, slot, rows);
     if (selector != nullptr && choosing->shortest > selector->budget) {
@@ -89,11 +89,11 @@ bool run_stack(const Stack& stack, float* x, int rows, const std::int64_t* slot,
       const attend::Chosen chosen{qkv, width, layer.k, layer.v, choosing->table, index, count, b.heads, b.kv_heads, b.size,
                                   static_cast<int>(stack.pages), stack.page, choosing->width, selector->choices,
                                   selector->budget, read.scale, read.softcap};
-      if (!attend::tokens(chosen, rows, stack.bf16, out, row_lse)) return false;
+      if (!attend::tokens(chosen, rows, stack.kind, out, row_lse)) return false;
     } else {
       const attend::Call call{qkv, width, layer.k, layer.v, out, row_lse, part, lse, b.heads, b.kv_heads, b.size,
                               stack.page, read.scale, read.softcap};
-      attend::run(read.work->view(), plan, call, stack.bf16);
+      attend::run(read.work->view(), plan, call, stack.kind);
       attend::join_parts(plan, call);
     }
     b.attention_out(out, x, rows, x);

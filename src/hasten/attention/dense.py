@@ -34,6 +34,7 @@ from hasten.attention.pieces import (
 from hasten.attention.policy import BlockSelection, Dense, DenseScores, Selection, TokenSelection
 from hasten.core.errors import UnsupportedError
 from hasten.kernels.attention import attend_tokens
+from hasten.kernels.pages import dequantise
 from hasten.kernels.schedule import default_workers
 
 
@@ -87,6 +88,7 @@ class DensePlan:
 class DenseKernel(AttentionKernel):
     """One piece per sequence, cut over the context when there are fewer sequences than work for the threads."""
 
+    reads_int8 = True
     workers: int | None = None  # virtual workers to plan for; None for the default
     _last: tuple[tuple[int, ...], DensePlan] | None = None
 
@@ -206,7 +208,9 @@ def scores(q_THD: Tensor, lse_TH: Tensor, pages: KVPages, layout: StepLayout, sp
     for s in range(layout.sequences):  # ragged: one dense product per sequence
         begin, end, length = int(rows.start_S1[s]), int(rows.start_S1[s + 1]), int(rows.length_S[s])
         ids = layout.page_table_SM[s, : -(-length // layout.page_size)].long()
-        k = pages.k_NGPD[ids].transpose(0, 1).reshape(groups, -1, q_THD.shape[2])[:, :length].float()
+        k_NGPD = pages.k_NGPD[ids]
+        k_NGPD = dequantise(k_NGPD) if k_NGPD.dtype is torch.int8 else k_NGPD.float()
+        k = k_NGPD.transpose(0, 1).reshape(groups, -1, q_THD.shape[2])[:, :length]
         q = q_THD[begin:end].reshape(end - begin, groups, heads // groups, -1)
         logits = torch.einsum("tgrd,gld->tgrl", q, k).reshape(end - begin, heads, length) * spec.scale
         if spec.softcap is not None:

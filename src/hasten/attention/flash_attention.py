@@ -212,6 +212,8 @@ class FlashAttention(Technique):
 class FlashKernel(DenseKernel):
     """Sequences that bring many rows are read by the flash kernel; other rows, and selections, by the default one."""
 
+    reads_int8 = False
+
     def __init__(self, schedule: Schedule, min_rows: int) -> None:
         self.schedule, self.min_rows = schedule, min_rows
         self._tiled: tuple[DensePlan, PagesWork, npt.NDArray[np.int64]] | None = None

@@ -22,6 +22,8 @@ from hasten.attention.policy import Selection
 class AttentionKernel(ABC):
     """Computes exact softmax attention over the tokens that a policy chose."""
 
+    reads_int8: bool = False  # whether ``run`` reads int8 pages (`hasten.kernels.pages`)
+
     @property
     def trees(self) -> bool:
         """Whether ``plan`` and ``run`` follow `StepLayout.trees`."""

@@ -25,7 +25,8 @@ __all__ = ["AttentionSpec", "HeadShape", "KVPages", "StepLayout"]
 class KVPages:
     """Keys (rotated, unless the format says otherwise) and values of one layer's page pool.
 
-    ``k_NGPD``, ``v_NGPD``: [pages, kv heads, page size, head size], float32 or bfloat16, contiguous.
+    ``k_NGPD``, ``v_NGPD``: [pages, kv heads, page size, head size], float32 or bfloat16, contiguous;
+    or int8 as `hasten.kernels.pages` describes it.
     """
 
     k_NGPD: Tensor

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.native import native
+from hasten.kernels.pages import page_kind
 
 __all__ = ["PieceWork", "attend_pieces", "attend_tokens", "merge"]
 
@@ -82,10 +83,9 @@ def float_rows(name: str, value: Tensor) -> tuple[int, int, int]:
     return rows, heads, size
 
 
-def pages_of(q: Tensor, k_NGPD: Tensor, v_NGPD: Tensor) -> tuple[int, int, int, bool]:
-    """(pages, kv heads, page size, bf16) of a pool that fits the queries."""
-    if k_NGPD.dtype is not v_NGPD.dtype or k_NGPD.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"pages must be float32 or bfloat16, not {k_NGPD.dtype} and {v_NGPD.dtype}")
+def pages_of(q: Tensor, k_NGPD: Tensor, v_NGPD: Tensor, *, int8: bool = True) -> tuple[int, int, int, int]:
+    """(pages, kv heads, page size, kind) of a pool that fits the queries."""
+    kind, tail = page_kind(k_NGPD, v_NGPD, int8=int8)
     if k_NGPD.dim() != 4 or k_NGPD.shape != v_NGPD.shape:
         raise ValueError(
             f"k_NGPD {tuple(k_NGPD.shape)} and v_NGPD {tuple(v_NGPD.shape)} must be equal [N, G, P, D]"
@@ -93,11 +93,11 @@ def pages_of(q: Tensor, k_NGPD: Tensor, v_NGPD: Tensor) -> tuple[int, int, int, 
     if not (k_NGPD.is_contiguous() and v_NGPD.is_contiguous()):
         raise ValueError("k_NGPD and v_NGPD must be contiguous")
     pages, groups, page, size = k_NGPD.shape
-    if size != q.shape[2] or size == 0:
-        raise ValueError(f"head size of the queries is {q.shape[2]}, of the pages {size}")
+    if size - tail != q.shape[2] or size <= tail:
+        raise ValueError(f"head size of the queries is {q.shape[2]}, of the pages {size - tail}")
     if groups == 0 or q.shape[1] % groups or q.shape[1] == 0:
         raise ValueError(f"{q.shape[1]} query heads do not share {groups} kv heads evenly")
-    return pages, groups, page, k_NGPD.dtype is torch.bfloat16
+    return pages, groups, page, kind
 
 
 def cap_of(softcap: float | None) -> float:
@@ -120,7 +120,7 @@ def attend_pieces(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every entry of ``work``: ``(out_EHD float32, lse_EH float32)``.
 
-    q_THD: float32, contiguous. k_NGPD, v_NGPD: float32 or bfloat16 pages, contiguous; H a multiple of G. Logits are
+    q_THD: float32, contiguous. Pages: `hasten.kernels.pages`, contiguous; H a multiple of G. Logits are
     ``scale * q . k``, with ``softcap`` then ``softcap * tanh(logits / softcap)``. ``module`` is a native module of
     another level (tests).
 
@@ -129,7 +129,7 @@ def attend_pieces(
     """
     lib = native() if module is None else module
     rows, heads, size = float_rows("q_THD", q_THD)
-    pages, groups, page, bf16 = pages_of(q_THD, k_NGPD, v_NGPD)
+    pages, groups, page, kind = pages_of(q_THD, k_NGPD, v_NGPD)
     entries = work.entries
     out = torch.empty((entries, heads, size))
     lse = torch.empty((entries, heads))
@@ -146,7 +146,7 @@ def attend_pieces(
         size,
         pages,
         page,
-        bf16,
+        kind,
         scale,
         cap_of(softcap),
     )
@@ -216,7 +216,7 @@ def attend_tokens(
     """
     lib = native() if module is None else module
     rows, heads, size = float_rows("q_RHD", q_RHD)
-    pages, groups, page, bf16 = pages_of(q_RHD, k_NGPD, v_NGPD)
+    pages, groups, page, kind = pages_of(q_RHD, k_NGPD, v_NGPD)
     if page_table_RM.shape[0] != rows:
         raise ValueError(f"page_table_RM has {page_table_RM.shape[0]} rows, q_RHD {rows}")
     out = torch.empty((rows, heads, size))
@@ -235,7 +235,7 @@ def attend_tokens(
         size,
         pages,
         page,
-        bf16,
+        kind,
         scale,
         cap_of(softcap),
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hasten.kernels.native import native
 from hasten.kernels.packed import Packed, address
+from hasten.kernels.pages import page_kind
 from hasten.kernels.schedule import Schedule
 
 __all__ = ["Block", "Norms", "Reading", "Stack", "gated", "rms_norm"]
@@ -157,7 +158,7 @@ class Stack:
     """All layers of a decoder over plain pages. ``rope_of`` and ``reading_of`` say which of a step's tables and
     readings each layer uses (counted from 0, without gaps).
 
-    k_NGPD, v_NGPD: per layer, contiguous, float32 or bfloat16, all alike; the stack keeps them alive.
+    k_NGPD, v_NGPD: per layer, contiguous, of one dtype (`hasten.kernels.pages`); the stack keeps them alive.
     """
 
     def __init__(
@@ -170,11 +171,12 @@ class Stack:
     ) -> None:
         first = k_NGPD[0]
         pages, _, page, _ = first.shape
+        kind, tail = page_kind(first, first)
         for pool in (*k_NGPD, *v_NGPD):
-            if pool.dtype is not first.dtype or pool.dtype not in (torch.float32, torch.bfloat16):
-                raise TypeError(f"pages must all be float32 or all bfloat16, not {pool.dtype}")
+            if pool.dtype is not first.dtype:
+                raise TypeError(f"pages of all layers must be {first.dtype}, not {pool.dtype}")
         for block, keys, values in zip(blocks, k_NGPD, v_NGPD, strict=True):
-            shape = (pages, block.kv_heads, page, block.size)
+            shape = (pages, block.kv_heads, page, block.size + tail)
             address("k_NGPD", keys, shape, first.dtype)
             address("v_NGPD", values, shape, first.dtype)
         self.module, self.page, self.hidden = blocks[0].module, page, blocks[0].hidden
@@ -187,7 +189,7 @@ class Stack:
             list(reading_of),
             pages,
             page,
-            first.dtype is torch.bfloat16,
+            kind,
         )
 
     @property

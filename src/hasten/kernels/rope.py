@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.native import native
+from hasten.kernels.pages import page_kind
 
 __all__ = ["rope_append"]
 
@@ -42,7 +43,7 @@ def rope_append(
 
     q, k, v: float32, rows may lie apart (slices of a fused projection), the heads of a row may not. cos_TR, sin_TR:
     float32 tables per row, both halves filled (`hasten.models.rope.Rope.tables`); R <= D even, dimension i pairs
-    with i + R / 2. slot_T: int64, page * P + offset, distinct. Pages: float32 or bfloat16 (round to nearest even).
+    with i + R / 2. slot_T: int64, page * P + offset, distinct. Pages: `hasten.kernels.pages`, rounded to nearest even.
     ``rotate_keys=False`` caches keys unrotated. Source: RoFormer (arXiv 2104.09864) section 3.2.
 
     Raises TypeError for a wrong dtype and ValueError for shapes that do not fit or a slot outside the pool.
@@ -70,9 +71,8 @@ def rope_append(
         raise TypeError(f"slot_T must be int64, not {slot_T.dtype}")
     if slot_T.shape != (count,) or not slot_T.is_contiguous():
         raise ValueError(f"slot_T must be contiguous [{count}], not shape {tuple(slot_T.shape)}")
-    if k_NGPD.dtype is not v_NGPD.dtype or k_NGPD.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"pages must be float32 or bfloat16, not {k_NGPD.dtype} and {v_NGPD.dtype}")
-    if k_NGPD.shape != v_NGPD.shape or k_NGPD.dim() != 4 or k_NGPD.shape[1::2] != (groups, size):
+    kind, tail = page_kind(k_NGPD, v_NGPD)
+    if k_NGPD.shape != v_NGPD.shape or k_NGPD.dim() != 4 or k_NGPD.shape[1::2] != (groups, size + tail):
         raise ValueError(
             f"pages {tuple(k_NGPD.shape)}, {tuple(v_NGPD.shape)} do not hold [{groups} heads, size {size}]"
         )
@@ -97,5 +97,5 @@ def rope_append(
         v_NGPD.data_ptr(),
         k_NGPD.shape[0],
         k_NGPD.shape[2],
-        k_NGPD.dtype is torch.bfloat16,
+        kind,
     )

@@ -144,11 +144,11 @@ class Schedule:
     ) -> tuple[Tensor, Tensor]:
         """``(out_THD, lse_TH)`` of all rows, float32; a row that sees nothing gets 0 and -inf.
 
-        q_THD: float32, contiguous. Pages: float32 or bfloat16, contiguous. Raises TypeError for a wrong dtype and
+        q_THD: float32, contiguous. Pages: `hasten.kernels.pages`, contiguous. Raises TypeError for a wrong dtype and
         ValueError for shapes other than the schedule's, or a page outside the pool.
         """
         rows, heads, size = float_rows("q_THD", q_THD)
-        pages, groups, page, bf16 = pages_of(q_THD, k_NGPD, v_NGPD)
+        pages, groups, page, kind = pages_of(q_THD, k_NGPD, v_NGPD)
         out = torch.empty((rows, heads, size))
         lse = torch.empty((rows, heads))
         self.module.schedule_run(
@@ -164,7 +164,7 @@ class Schedule:
             size,
             pages,
             page,
-            bf16,
+            kind,
             scale,
             cap_of(softcap),
         )

@@ -210,7 +210,7 @@ def attend(
     if cap_of(softcap):
         raise ValueError(f"variant {variant.name} is compiled: put the soft cap into its logits_transform")
     rows, heads, size = float_rows("q_THD", q_THD)
-    pages, groups, page, _ = pages_of(q_THD, k_NGPD, v_NGPD)
+    pages, groups, page, _ = pages_of(q_THD, k_NGPD, v_NGPD, int8=False)
     built = variant.compiled(k_NGPD.dtype, str(schedule.module.level))
     out = torch.empty((rows, heads, size))
     lse = torch.empty((rows, heads))

@@ -21,7 +21,8 @@ from hasten.core.slots import SLOTS
 from hasten.lm.decoding.speculate import ExactVerifier
 from hasten.lm.engine import Engine, Parts
 from hasten.lm.kvcache.cache import KVCache, bytes_of_page, pages_in_budget
-from hasten.lm.kvcache.format import KVFormat, PlainKV
+from hasten.lm.kvcache.format import KVFormat
+from hasten.lm.kvcache.int8 import stored_as
 from hasten.lm.kvcache.prefix import NoPrefixStore, PrefixStore, RadixPrefixStore
 from hasten.lm.runner import Runner
 from hasten.lm.scheduling.continuous import ContinuousBatching
@@ -107,7 +108,7 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         weight_dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}.get(plan.dtype),
-        kv_dtype=torch.float32 if plan.dtype == "float32" else torch.bfloat16,
+        kv_dtype=_kv_dtype(plan, settings),
         # The fingerprint reads the whole file; without techniques nobody asks for an artefact.
         artefacts=ArtefactStore(
             paths.home() / "artefacts", checkpoint.fingerprint if plan.techniques else "unused"
@@ -124,6 +125,10 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         )
     decoder = load_weights(checkpoint, providers.one("weight_format") or default_weight_format(context))
     policy: AttentionPolicy | None = providers.one("attention_policy")
+    kernel = providers.one("attention_kernel") or default_kernel()
+    if settings.kv_dtype == "int8" and not kernel.reads_int8:
+        slug = plan.filling("attention_kernel")[0].slug
+        raise ConflictError(f'{slug} does not read int8 pages; set kv_dtype = "bfloat16" or remove {slug}')
     drafter, verifier = providers.one("drafter"), providers.one("verifier")
     cache = make_cache(
         settings,
@@ -133,7 +138,6 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         providers.one("prefix_store"),
         beside=0 if drafter is None else drafter.page_bytes(settings.page_size),
     )
-    kernel = providers.one("attention_kernel") or default_kernel()
     runner = Runner(decoder, cache, kernel, policy, providers.all("layer_hook"))
     if verifier is not None and drafter is None:
         slug = plan.filling("verifier")[0].slug
@@ -149,6 +153,19 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
     )
     engine = Engine(runner, tokenizer, settings, parts)
     return Loaded(plan, settings, path, checkpoint, tokenizer, decoder, engine)
+
+
+def _kv_dtype(plan: Plan, settings: EngineSettings) -> torch.dtype:
+    """What plain pages store. `ConflictError` if a technique stores them in its own way."""
+    owners = plan.filling("kv_format")
+    if settings.kv_dtype is not None and owners:
+        slug = owners[0].slug
+        raise ConflictError(
+            f"kv_dtype = {settings.kv_dtype!r}, but {slug} stores KV pages in its own way; remove one of them"
+        )
+    if settings.kv_dtype is not None:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[settings.kv_dtype]
+    return torch.float32 if plan.dtype == "float32" else torch.bfloat16
 
 
 def load_weights(checkpoint: Checkpoint, weights: WeightFormat) -> Decoder:
@@ -188,7 +205,7 @@ def make_cache(
     beside: bytes of the budget that somebody else keeps for every page (see `Drafter.page_bytes`).
     """
     config = context.config
-    format = format or PlainKV(context.kv_dtype)
+    format = format or stored_as(context.kv_dtype)
     sidecars = () if policy is None else policy.sidecars()
     length = settings.max_context or config.max_positions
     size = settings.page_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,9 @@ class EngineSettings(BaseModel):
     page_size: int = Field(32, ge=1, le=1024, description="tokens per KV page")
     kv_memory_mb: float | None = Field(None, gt=0, description="budget of the KV cache, 10^6 bytes")
     kv_tokens: int | None = Field(None, ge=1, description="KV capacity in tokens, instead of kv_memory_mb")
+    kv_dtype: Literal["float32", "bfloat16", "int8"] | None = Field(
+        None, description="how KV pages store numbers; None: float32 under dtype float32, else bfloat16"
+    )
     max_batch: int = Field(64, ge=1, le=65536, description="sequences that run together")
     max_step_tokens: int = Field(512, ge=1, description="rows of one step: decode rows plus prefill chunks")
     max_context: int | None = Field(

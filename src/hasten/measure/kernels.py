@@ -24,6 +24,7 @@ from hasten.attention.policy import Dense
 from hasten.kernels import codes, native
 from hasten.kernels.attention import attend_tokens
 from hasten.kernels.block import gated, rms_norm
+from hasten.kernels.pages import TAIL, quantise
 from hasten.kernels.peak import Peak
 from hasten.kernels.rope import rope_append
 from hasten.kernels.vocabulary import argmax, sample
@@ -166,22 +167,23 @@ def _layout(sequences: int, rows: int, length: int) -> StepLayout:
     )
 
 
-def _pool(pages: int) -> KVPages:
+def _pool(pages: int, int8: bool = False) -> KVPages:
     size = (pages, SHAPE.kv_heads, PAGE, SHAPE.size)
-    return KVPages(torch.randn(size).to(torch.bfloat16), torch.randn(size).to(torch.bfloat16))
+    k, v = torch.randn(size), torch.randn(size)
+    return KVPages(quantise(k), quantise(v)) if int8 else KVPages(k.bfloat16(), v.bfloat16())
 
 
 _TOKEN_BYTES = 2 * 2 * SHAPE.kv_heads * SHAPE.size
+_TOKEN_BYTES_INT8 = 2 * SHAPE.kv_heads * (SHAPE.size + TAIL)
 
 
 def _attend() -> Iterator[Case]:
     spec, kernel = AttentionSpec(SHAPE, SHAPE.size**-0.5), DenseKernel()
-    for sequences, rows, length in ((1, 1, 512), (1, 1, 8192), (16, 1, 2048), (1, 512, 512), (1, 512, 4096)):
+    shapes = ((1, 1, 512), (1, 1, 8192), (16, 1, 2048), (1, 512, 512), (1, 512, 4096))
+    for (sequences, rows, length), int8 in itertools.product(shapes, (False, True)):
         layout = _layout(sequences, rows, length)
-        pools = [
-            _pool(layout.page_table_SM.numel())
-            for _ in range(1 + int(4e7 / (sequences * length * _TOKEN_BYTES)))
-        ]
+        moved = sequences * length * (_TOKEN_BYTES_INT8 if int8 else _TOKEN_BYTES)
+        pools = [_pool(layout.page_table_SM.numel(), int8) for _ in range(1 + int(4e7 / moved))]
         q_THD = torch.randn(sequences * rows, SHAPE.heads, SHAPE.size)
         plan, turn = kernel.plan(layout), itertools.count()
         seen = rows * (length - rows) + rows * (rows + 1) / 2
@@ -197,9 +199,9 @@ def _attend() -> Iterator[Case]:
 
         yield Case(
             "attend_pieces",
-            f"{sequences} x {rows} rows, {length} tokens, {HEADS}",
+            f"{sequences} x {rows} rows, {length} tokens, {HEADS}{', int8 pages' if int8 else ''}",
             run,
-            float(sequences * length * _TOKEN_BYTES),
+            float(moved),
             4.0 * sequences * seen * SHAPE.heads * SHAPE.size,
         )
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hasten.kernels.pages import dequantise
+
 if TYPE_CHECKING:
     from hasten.kernels.attention import PieceWork
 
@@ -36,6 +38,8 @@ def attend_pieces(
     """See `hasten.kernels.attention.attend_pieces`."""
     heads, size = q_THD.shape[1:]
     groups, page = k_NGPD.shape[1:3]
+    if k_NGPD.dtype is torch.int8:
+        k_NGPD, v_NGPD = dequantise(k_NGPD), dequantise(v_NGPD)
     entries = work.row_E.numel()
     out = q_THD.new_zeros(entries, heads, size)
     lse = q_THD.new_full((entries, heads), float("-inf"))
@@ -91,6 +95,8 @@ def attend_tokens(
     rows, heads, size = q_RHD.shape
     groups, page = k_NGPD.shape[1:3]
     chosen = index_RXK.shape[2]
+    if k_NGPD.dtype is torch.int8:
+        k_NGPD, v_NGPD = dequantise(k_NGPD), dequantise(v_NGPD)
     if rows == 0 or chosen == 0:
         return q_RHD.new_zeros(rows, heads, size), q_RHD.new_full((rows, heads), float("-inf"))
     repeat = heads // index_RXK.shape[1]

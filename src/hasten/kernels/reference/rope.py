@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hasten.kernels.pages import quantise
+
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Half-split rotation of the first R dimensions of every head."""
@@ -34,5 +36,6 @@ def rope_append(
     q_THD.copy_(rotate(q_THD, cos_TR, sin_TR))
     if rotate_keys:
         k_TGD.copy_(rotate(k_TGD, cos_TR, sin_TR))
-    k_NGPD[slot_T // page, :, slot_T % page] = k_TGD.to(k_NGPD.dtype)
-    v_NGPD[slot_T // page, :, slot_T % page] = v_TGD.to(v_NGPD.dtype)
+    for pages, x_TGD in ((k_NGPD, k_TGD), (v_NGPD, v_TGD)):
+        stored = quantise(x_TGD) if pages.dtype is torch.int8 else x_TGD.to(pages.dtype)
+        pages[slot_T // page, :, slot_T % page] = stored

@@ -28,7 +28,7 @@ from hasten.lm.decoding.depth import Acceptance, Depth
 from hasten.lm.decoding.prompt_lookup import within_engine
 from hasten.lm.decoding.speculate import Ask, Drafter, Proposal
 from hasten.lm.kvcache.cache import KVCache, SequenceKV, bytes_of_page
-from hasten.lm.kvcache.format import PlainKV
+from hasten.lm.kvcache.int8 import stored_as
 from hasten.lm.kvcache.prefix import NoPrefixStore, RadixPrefixStore
 from hasten.lm.sampler import truncate
 
@@ -126,7 +126,7 @@ class ModelDrafter(Drafter):
         self.settings, self.decoder = settings, decoder
         self.vocabulary, self.shared = vocabulary, min(shared, vocabulary, decoder.config.vocab_size)
         self.depth = Depth(drafts_cost=True)
-        self._format = PlainKV(kv_dtype)
+        self._format = stored_as(kv_dtype)
         self._states: dict[int, _State] = {}
         self._past: dict[int, Acceptance] = {}  # of suspended sequences
 
