@@ -24,7 +24,7 @@ def page_kind(k: Tensor, v: Tensor, *, int8: bool = True) -> tuple[int, int]:
     """What native kernels call the pages' dtype, and the elements of a token beyond D. Raises TypeError."""
     kind = _KINDS.get(k.dtype)
     if k.dtype is not v.dtype or kind is None or (kind == 2 and not int8):
-        known = "float32, bfloat16 or int8" if int8 else "float32 or bfloat16"
+        known = "int8, float32 or bfloat16" if int8 else "float32 or bfloat16"
         raise TypeError(f"pages must be {known}, not {k.dtype} and {v.dtype}")
     return kind, TAIL if k.dtype is torch.int8 else 0
 
