@@ -21,11 +21,13 @@ from hasten.lm.layers.sleb import SLEB, Search, calibration_tokens, greedy
 from hasten.lm.layers.sleb_losses import BlockLosses, Losses
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
-from hasten.models.checkpoint import load_decoder, open_checkpoint
+from hasten.models.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from hasten.models.context import BuildContext
 from hasten.models.decoder import CausalAttend
 from hasten.models.surgery import RemoveBlocks
 from hasten.weights.dense import DenseFormat
+from hasten.weights.gptq import GPTQ
+from hasten.weights.native import NativeFormat
 
 QUICK = {"samples": 3, "sample_length": 24, "evaluate": "float32"}
 TEXT = torch.randint(3, 320, (8, 90), generator=torch.Generator().manual_seed(5)).tolist()
@@ -351,3 +353,34 @@ def test_packed_and_plain_weights_lose_alike(context):
     for block in candidates:
         assert math.isclose(ours.without[block], theirs.without[block], rel_tol=1e-5)
     assert RemoveBlocks([2]).apply(context.checkpoint).config.num_layers == 5
+
+
+def test_models_with_packed_weights_can_be_cut(context, tmp_path):
+    """A folder of packed weights can be cut, and a cut model can be packed and written: both are the same model."""
+    technique = GPTQ(group_size=32, symmetric=True, samples=2, sample_length=24)
+    ids = torch.tensor([TEXT[0][:30]])
+
+    def logits(checkpoint: Checkpoint) -> torch.Tensor:
+        with torch.no_grad():
+            return load_decoder(checkpoint, pack=NativeFormat().pack)(ids)
+
+    whole = open_checkpoint(technique.save(context, tmp_path / "whole"))
+    cut = RemoveBlocks([1, 4]).apply(whole)
+    decoder = load_decoder(whole, pack=NativeFormat().pack)
+    for block in (1, 4):
+        decoder.layers[block].attention = lambda x_TE, *_: x_TE
+        decoder.layers[block].mlp = lambda x_TE: x_TE
+    with torch.no_grad():
+        assert torch.equal(logits(cut), decoder(ids))
+
+    view = RemoveBlocks([1, 4]).apply(context.checkpoint)
+    smaller = replace(
+        context, checkpoint=view, config=view.config, artefacts=ArtefactStore(tmp_path, view.fingerprint)
+    )
+    written = open_checkpoint(technique.save(smaller, tmp_path / "smaller"))
+    assert written.config.num_layers == 4
+    packed = load_decoder(view, pack=technique.provide("weight_format", smaller).pack)
+    stored = dict(load_decoder(written, pack=NativeFormat().pack).linears())
+    for name, linear in packed.linears():
+        if name != "lm_head":
+            assert torch.equal(stored[name].dequantize(), linear.dequantize())
