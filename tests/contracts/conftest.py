@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "flash_attention2": {"min_rows": 2},
     "gptq": {"group_size": 32, "samples": 4, "sample_length": 64},
     "sleb": {"remove": 1, "samples": 2, "sample_length": 32},
+    "marlin": {"group_size": 32, "samples": 4, "sample_length": 64},
 }
 
 

@@ -145,12 +145,17 @@ class _Captured(Exception):  # noqa: N818 - control flow, not an error
 
 
 @contextlib.contextmanager
-def _capture(linear: nn.Module, statistic: Statistic, stop: bool) -> Iterator[list[Tensor]]:
-    """Feed the inputs of ``linear`` to ``statistic`` and list them; with ``stop``, run nothing after it."""
+def _capture(
+    linear: nn.Module, statistic: Statistic, stop: bool, real_T: Tensor | None
+) -> Iterator[list[Tensor]]:
+    """Feed the inputs of ``linear`` to ``statistic`` and list them; with ``stop``, run nothing after it.
+
+    real_T: the rows that count (bool), None for all of them.
+    """
     seen: list[Tensor] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistic.update(args[0])
+        statistic.update(args[0] if real_T is None else args[0][real_T])
         seen.append(args[0])
         if stop:
             raise _Captured
@@ -171,8 +176,11 @@ _Half = Callable[[Tensor, Tensor, Attend], Tensor]
 class _Chunks:
     """The hidden states of all samples, and the passes over them."""
 
-    def __init__(self, decoder: Decoder, token_ids_NL: Tensor, chunk_tokens: int) -> None:
-        self.decoder = decoder
+    def __init__(
+        self, decoder: Decoder, token_ids_NL: Tensor, chunk_tokens: int, lengths_N: Tensor | None = None
+    ) -> None:
+        self.decoder, self.lengths_N = decoder, lengths_N
+        self.real_T: Tensor | None = None  # rows of the chunk at work that belong to a sample, None for all
         samples, self.length = token_ids_NL.shape
         self.step = max(1, chunk_tokens // self.length)
         self.x_NLE = torch.empty(samples, self.length, decoder.config.hidden_size)
@@ -186,6 +194,9 @@ class _Chunks:
             x_NLE = self.x_NLE[start : start + self.step]
             batch = x_NLE.shape[0]
             position_T = torch.arange(self.length).repeat(batch)
+            if self.lengths_N is not None:
+                length_T = self.lengths_N[start : start + batch].repeat_interleave(self.length)
+                self.real_T = position_T < length_T
             y_TE = run(x_NLE.reshape(batch * self.length, -1), position_T, CausalAttend(self.decoder, batch))
             if keep:
                 x_NLE.copy_(y_TE.view_as(x_NLE))
@@ -201,6 +212,7 @@ def calibrate(
     chunk_tokens: int = CHUNK_TOKENS,
     stash_bytes: int = STASH_BYTES,
     keep: bool = True,
+    lengths_N: Tensor | None = None,
     progress: Callable[[BlockReport], None] | None = None,
 ) -> list[BlockReport]:
     """Run ``method`` over all blocks of ``decoder`` in place; return one report per block.
@@ -209,11 +221,14 @@ def calibrate(
     even inside a block errors are seen downstream; else all four are collected from the original block.
     stash_bytes: memory for a linear's inputs that would otherwise be computed twice (true_sequential only).
     keep: leave the replaced linears in the decoder; otherwise they are dropped once the next block's inputs exist
-    (the method must have kept its result). Deterministic: same tokens, method and thread count, same result.
+    (the method must have kept its result). lengths_N: tokens of each sample that count, int64 [N]; what follows them
+    is only filling (no token sees a later one). None: all. Deterministic: same tokens, method and thread count, same result.
     Raises `SettingError` for empty or out-of-range tokens, `IntegrityError` when activations become NaN or infinite.
     """
     check_tokens(token_ids_NL, decoder.config.vocab_size)
-    chunks = _Chunks(decoder, token_ids_NL, chunk_tokens)
+    if lengths_N is not None:
+        _check_lengths(lengths_N, token_ids_NL)
+    chunks = _Chunks(decoder, token_ids_NL, chunk_tokens, lengths_N)
     reports = []
     for index, module in enumerate(decoder.layers):
         layer = cast(DecoderLayer, module)
@@ -288,7 +303,7 @@ class _Sequential:
 
         def run(x_TE: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
             nonlocal kept
-            with _capture(linear, statistic, stop=True) as seen:
+            with _capture(linear, statistic, True, self.chunks.real_T) as seen:
                 half(x_TE, position_T, attend)
             if stash is not None:
                 kept += seen[0].nbytes
@@ -335,7 +350,9 @@ def _at_once(
     def run(x_TE: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
         with contextlib.ExitStack() as stack:
             for leaf, linear in linears.items():
-                stack.enter_context(_capture(linear, statistics[leaf], stop=leaf == "down_proj"))
+                stack.enter_context(
+                    _capture(linear, statistics[leaf], leaf == "down_proj", chunks.real_T)
+                )
             layer.mlp(layer.attention(x_TE, position_T, attend))
         return x_TE
 
@@ -361,4 +378,12 @@ def check_tokens(token_ids_NL: Tensor, vocab_size: int) -> None:
         raise SettingError(
             f"calibration token {low if low < 0 else high} is outside the vocabulary of {vocab_size}; "
             "the calibration data belongs to another tokenizer"
+        )
+
+
+def _check_lengths(lengths_N: Tensor, token_ids_NL: Tensor) -> None:
+    samples, longest = token_ids_NL.shape
+    if lengths_N.shape != (samples,) or int(lengths_N.min()) < 1 or int(lengths_N.max()) > longest:
+        raise SettingError(
+            f"calibration lengths must be {samples} numbers from 1 to {longest}, one per sample, not {lengths_N.tolist()}"
         )

@@ -101,6 +101,19 @@ class GPTQ(Technique):
         """The grid that these settings name."""
         return make_grid(self.bits, self.symmetric, self.mse)
 
+    def sweep_options(self) -> dict[str, Any]:
+        """What `hasten.weights.gptq_sweep.quantize` is called with besides the grid; recipes built on GPTQ add to it."""
+        return {
+            "act_order": self.act_order,
+            "static_groups": self.static_groups,
+            "percdamp": self.percdamp,
+            "blocksize": self.blocksize,
+        }
+
+    def calibration_lengths(self, token_ids_NL: Tensor) -> Tensor | None:
+        """Tokens of each segment that count, int64 [N]; None for all of them."""
+        return None
+
     def provide(self, slot: str, context: BuildContext) -> GPTQFormat:
         """The weight format. Raises `UnsupportedError` when a GPTQ model contradicts settings that were given."""
         return GPTQFormat(self, context)
@@ -154,6 +167,7 @@ class GPTQ(Technique):
                 method,
                 true_sequential=self.true_sequential,
                 keep=False,
+                lengths_N=self.calibration_lengths(token_ids_NL),
                 progress=advance,
             )
         for index in range(context.config.num_layers):
@@ -180,10 +194,7 @@ class GPTQMethod(BlockMethod):
             statistic.matrix_II,
             self.grid,
             self.settings.group,
-            act_order=self.settings.act_order,
-            static_groups=self.settings.static_groups,
-            percdamp=self.settings.percdamp,
-            blocksize=self.settings.blocksize,
+            **self.settings.sweep_options(),
         )
         self._tensors |= to_tensors(name, weight)
         if linear.bias is not None:  # so that a resumed run can go through this block

@@ -21,6 +21,7 @@ from hasten.core.errors import IntegrityError, SettingError, UnsupportedError
 TERNARY = "ternary"
 BITS = (2, 3, 4, 8)
 SHRINKS = 80  # candidates of the MSE search: ranges of 1.00, 0.99, ... 0.21 of min-max
+CLIPS = 76  # of the search that weighs errors: ranges of 1.00 ... 0.25 (MARLIN)
 NORM = 2.4  # exponent of the error it minimises
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 
@@ -61,6 +62,11 @@ class UniformGrid(Grid):
 
     Asymmetric: min-max of the row, always including zero. Symmetric: [-m, m] with zero = 2^(bits-1).
     mse: search the shrink p in {1 - i/100} that minimises sum |w - q|^2.4 per row.
+
+    ``fit`` with ``upper_KK``, the block of the sweep's factor that belongs to the group, searches the shrink that
+    minimises || (w - q) U^-1 ||^2 instead: what the group adds to the layer's error once every later column has
+    compensated as well as it can, as (U^T U)^-1 is the Hessian that is left for the group then. Source: MARLIN
+    (arXiv 2408.11743), section 5.1.
     """
 
     bits: int
@@ -82,7 +88,7 @@ class UniformGrid(Grid):
         """The largest code."""
         return (1 << self.bits) - 1
 
-    def fit(self, w_KO: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(self, w_KO: Tensor, upper_KK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         low_O, high_O = torch.aminmax(w_KO, dim=0)
         low_O, high_O = low_O.clamp_max(0), high_O.clamp_min(0)
         if self.symmetric:
@@ -90,14 +96,20 @@ class UniformGrid(Grid):
             low_O = -high_O
         empty_O = high_O == low_O  # an all-zero group: any positive scale represents it exactly
         low_O, high_O = torch.where(empty_O, -1.0, low_O), torch.where(empty_O, 1.0, high_O)
-        if not self.mse:
-            return self._parameters(low_O, high_O)
         scale_O, zero_O = self._parameters(low_O, high_O)
-        best_O = self._norm(w_KO, scale_O, zero_O)
-        for step in range(1, SHRINKS):
+        if not self.mse and upper_KK is None:
+            return scale_O, zero_O
+        weigh_KK = None
+        if upper_KK is not None:
+            # Solved once for all candidates. The search needs no more than float32: neighbours differ by a hundredth.
+            eye_KK = torch.eye(upper_KK.shape[0], dtype=upper_KK.dtype)
+            weigh_KK = torch.linalg.solve_triangular(upper_KK, eye_KK, upper=True).t().float().contiguous()
+            w_KO = w_KO.float()
+        best_O = self._error(w_KO, scale_O, zero_O, weigh_KK)
+        for step in range(1, SHRINKS if weigh_KK is None else CLIPS):
             shrink = 1 - step / 100
             a_O, b_O = self._parameters(low_O * shrink, high_O * shrink)
-            error_O = self._norm(w_KO, a_O, b_O)
+            error_O = self._error(w_KO, a_O, b_O, weigh_KK)
             better_O = error_O < best_O
             best_O = torch.where(better_O, error_O, best_O)
             scale_O, zero_O = torch.where(better_O, a_O, scale_O), torch.where(better_O, b_O, zero_O)
@@ -109,9 +121,13 @@ class UniformGrid(Grid):
             return scale_O, torch.full_like(scale_O, float(1 << (self.bits - 1)))
         return scale_O, torch.round(-low_O / scale_O).clamp_(0, self.top)
 
-    def _norm(self, w_KO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
-        q_KO = self.decode(self.encode(w_KO, scale_O, zero_O), scale_O, zero_O)
-        return q_KO.sub_(w_KO).abs_().pow_(NORM).sum(dim=0)
+    def _error(self, w_KO: Tensor, scale_O: Tensor, zero_O: Tensor, weigh_KK: Tensor | None) -> Tensor:
+        """sum |w - q|^2.4 per row, or || weigh (w - q) ||^2."""
+        scale_O, zero_O = scale_O.to(w_KO.dtype), zero_O.to(w_KO.dtype)
+        difference_KO = self.decode(self.encode(w_KO, scale_O, zero_O), scale_O, zero_O).sub_(w_KO)
+        if weigh_KK is None:
+            return difference_KO.abs_().pow_(NORM).sum(dim=0)
+        return (weigh_KK @ difference_KO).square_().sum(dim=0)
 
     def encode(self, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (w / a).round_().add_(b).clamp_(0, self.top)

@@ -12,19 +12,23 @@ unblocked sweep then do the same arithmetic even when groups are refitted on com
 float64: one rounding that falls the other way changes all that follows, and the sweep is a small part of the time.
 Source: GPTQ (arXiv 2210.17323), algorithm 1.
 
+With ``two_of_four`` the same sweep prunes: when it reaches four columns, each row gives up the two whose removal costs
+least, w_j^2 / U_jj^2, and their error moves on like any other. Source: SparseGPT (arXiv 2301.00774), sections 3.3, 3.4.
+
 Legend: I inputs (columns), O outputs (rows), G groups, K columns of a slice, B columns of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hasten.core.errors import IntegrityError, SettingError, UnsupportedError
-from hasten.weights.gptq_grid import Grid
+from hasten.weights.gptq_grid import Grid, UniformGrid
 from hasten.weights.hessian import Factor, inverse_factor, quadratic
 
 INNER = 8
@@ -102,10 +106,42 @@ def _check(w_OI: Tensor, group_size: int | None, blocksize: int) -> None:
         raise IntegrityError("the weights hold NaN or infinity; the checkpoint is damaged")
 
 
-def _fit_groups(w_IO: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:
-    """Parameters [G, O] of runs of ``group`` neighbouring columns."""
-    fitted = [grid.fit(part_KO) for part_KO in w_IO.split(group)]
+def _fit_groups(
+    w_IO: Tensor, grid: Grid, group: int, upper_of: Callable[[slice], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Parameters [G, O] of runs of ``group`` neighbouring columns. upper_of: the factor that weighs a run's errors."""
+    fitted = []
+    for start in range(0, w_IO.shape[0], group):
+        run = slice(start, min(start + group, w_IO.shape[0]))
+        fitted.append(_fit(grid, w_IO[run], None if upper_of is None else upper_of(run)))
     return torch.stack([a_O for a_O, _ in fitted]), torch.stack([b_O for _, b_O in fitted])
+
+
+def _fit(grid: Grid, w_KO: Tensor, upper_KK: Tensor | None) -> tuple[Tensor, Tensor]:
+    return grid.fit(w_KO) if upper_KK is None else cast(UniformGrid, grid).fit(w_KO, upper_KK)
+
+
+def _keep_two(w_KO: Tensor, cost_K: Tensor) -> Tensor:
+    """bool [K, O]: in each four columns, the two of a row whose removal would cost most; cost_K: of a unit weight."""
+    score_Q4O = (w_KO.square() * cost_K[:, None]).unflatten(0, (-1, 4))
+    best_Q2O = score_Q4O.topk(2, dim=1).indices
+    return torch.zeros_like(score_Q4O, dtype=torch.bool).scatter_(1, best_Q2O, True).flatten(0, 1)
+
+
+def _check_options(
+    grid: Grid, inputs: int, group: int, blocksize: int, ordered: bool, clip: bool, two_of_four: bool
+) -> None:
+    if clip and not isinstance(grid, UniformGrid):
+        raise SettingError("the search for a clipping threshold needs a uniform grid")
+    if two_of_four and (not isinstance(grid, UniformGrid) or not grid.symmetric):
+        raise SettingError("2:4 sparse weights need a symmetric grid, which has an exact zero")
+    if two_of_four and not ordered:
+        raise SettingError("2:4 sparse weights are swept in order: four neighbours must come together")
+    if two_of_four and (inputs % 4 or group % 4 or blocksize % 4):
+        raise UnsupportedError(
+            f"2:4 sparse weights come in fours: {inputs} inputs, groups of {group} and blocks of {blocksize} must be "
+            "multiples of 4"
+        )
 
 
 def round_to_nearest(w_OI: Tensor, grid: Grid, group_size: int | None = None) -> QuantizedWeight:
@@ -136,12 +172,15 @@ def sweep(
     blocksize: int = 128,
     perm_I: Tensor | None = None,
     static_groups: bool = False,
+    clip: bool = False,
+    two_of_four: bool = False,
 ) -> tuple[QuantizedWeight, float]:
     """Quantise ``w_OI`` with a factor of the (permuted) Hessian; return the weight and the loss.
 
     perm_I: order in which columns are visited; ``factor`` must be of H[perm][:, perm]. Without
     ``static_groups`` a group is a run of *visited* columns and its parameters are fitted when the sweep reaches
     it; with it, groups are runs of columns as stored, fitted on the original weight.
+    clip: search every group's range (`UniformGrid.fit`). two_of_four: prune (see the top of the file).
     Raises `IntegrityError` on NaN, `UnsupportedError` when shapes do not match.
     """
     _check(w_OI, group_size, blocksize)
@@ -151,16 +190,27 @@ def sweep(
             f"a factor of {factor.upper_II.shape[0]} inputs cannot quantise a weight of {inputs} inputs"
         )
     group = inputs if group_size is None else min(group_size, inputs)
+    _check_options(grid, inputs, group, blocksize, perm_I is None, clip, two_of_four)
     order_I = torch.arange(inputs) if perm_I is None else perm_I
     w_IO = w_OI.to(torch.float64)[:, order_I].t().contiguous()
     w_IO[factor.dead_I] = 0
     upper_II, diagonal = factor.upper_II, factor.upper_II.diagonal().tolist()
+    cost_I = upper_II.diagonal().square().reciprocal()
     groups = group_count(inputs, group)
     fixed = static_groups or group == inputs  # one group per row is fitted before the sweep in any case
     if fixed:
         original_IO = torch.empty_like(w_IO)
         original_IO[order_I] = w_IO
-        a_GO, b_GO = _fit_groups(original_IO, grid, group)
+        if two_of_four:  # scales are for what will be kept, as far as that is known now
+            original_IO *= _keep_two(original_IO, cost_I)
+        visit_I = torch.argsort(order_I)
+
+        def upper_of(run: slice) -> Tensor:
+            # Every other column may compensate: (H^-1)_KK = R^T R takes the place of the block U^T U.
+            columns_IK = upper_II[:, visit_I[run]]
+            return torch.linalg.cholesky(columns_IK.t() @ columns_IK, upper=True)
+
+        a_GO, b_GO = _fit_groups(original_IO, grid, group, upper_of if clip else None)
         group_of_visit = (order_I // group).tolist()
     else:
         a_GO, b_GO = (torch.empty(groups, outputs, dtype=torch.float64) for _ in range(2))
@@ -174,8 +224,15 @@ def sweep(
             for j in range(first, last):
                 g = group_of_visit[j]
                 if not fixed and j % group == 0:
-                    a_GO[g], b_GO[g] = grid.fit(w_IO[j : j + group])
+                    part_KO, run_K = w_IO[j : j + group], slice(j, j + group)
+                    if two_of_four:
+                        part_KO = part_KO * _keep_two(part_KO, cost_I[run_K])
+                    a_GO[g], b_GO[g] = _fit(grid, part_KO, upper_II[run_K, run_K] if clip else None)
                 code_O = grid.encode(w_IO[j], a_GO[g], b_GO[g])
+                if two_of_four:
+                    if j % 4 == 0:
+                        keep_4O = _keep_two(w_IO[j : j + 4], cost_I[j : j + 4])
+                    code_O = torch.where(keep_4O[j % 4], code_O, b_GO[g])
                 codes_IO[j] = code_O
                 error_O = error_BO[j - start]
                 torch.sub(w_IO[j], grid.decode(code_O, a_GO[g], b_GO[g]), out=error_O).div_(diagonal[j])
@@ -212,6 +269,8 @@ def quantize(
     static_groups: bool = False,
     percdamp: float = 0.01,
     blocksize: int = 128,
+    clip: bool = False,
+    two_of_four: bool = False,
 ) -> tuple[QuantizedWeight, SweepReport]:
     """GPTQ of one float32 weight [O, I] under the Hessian [I, I] of its inputs, and how well it went.
 
@@ -223,11 +282,21 @@ def quantize(
     swept_II = hessian_II if perm_I is None else hessian_II[perm_I][:, perm_I]
     factor = inverse_factor(swept_II, percdamp)
     weight, loss = sweep(
-        w_OI, factor, grid, group_size, blocksize=blocksize, perm_I=perm_I, static_groups=static_groups
+        w_OI,
+        factor,
+        grid,
+        group_size,
+        blocksize=blocksize,
+        perm_I=perm_I,
+        static_groups=static_groups,
+        clip=clip,
+        two_of_four=two_of_four,
     )
     w_OI = w_OI.to(torch.float32)
     power = quadratic(w_OI, hessian_II) or 1.0
-    nearest = round_to_nearest(w_OI, grid, group_size)
+    # Plain pruning, by magnitude, stands beside SparseGPT's as plain rounding does beside GPTQ's.
+    plain_OI = (w_OI.t() * _keep_two(w_OI.t(), torch.ones(w_OI.shape[1]))).t() if two_of_four else w_OI
+    nearest = round_to_nearest(plain_OI, grid, group_size)
     return weight, SweepReport(
         loss=loss,
         error=quadratic(w_OI - weight.dequantize(), hessian_II) / power,
