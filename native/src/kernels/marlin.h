@@ -19,7 +19,7 @@ namespace hasten::marlin {
 using namespace affine;
 
 constexpr int kRowsOfSub = 96;     // rows of a sub-problem; a multiple of every tile height
-constexpr int kSubUnit = 12;       // sub-problems begin at multiples of this
+constexpr int kSubUnit = 24;       // sub-problems begin at multiples of this, as tiles do
 constexpr int kPanel = 8;          // chunks of a work item at most; whole groups
 constexpr float kZero = 8.0f;      // the code of weight 0
 constexpr int kSparseWords = 3;

@@ -1,15 +1,26 @@
-// Float32 activations against MARLIN codes. Up to a dozen rows, a vector of weights is cut out of its words once and
-// multiplied with every row, held in registers; for more, a panel is dequantised into L1 and multiplied by the dense tile.
+// Float32 activations against MARLIN codes. Few rows: a vector of weights is cut out of its words once and multiplied with
+// as many rows as have their sums in registers. Many rows of dense codes: a panel is dequantised into L1 and multiplied by
+// the dense tile. Sparse codes stay in registers whatever the rows: that is half the multiply-adds of a dense tile.
 #include "marlin.h"
 
 namespace hasten::marlin {
 namespace {
 
-constexpr int kDenseRows = 12, kSparseRows = 8;  // rows at once in registers
+#if defined(__AVX512F__)
+constexpr int kDenseTall = 12, kWide = 1;
+#elif defined(__AVX2__)
+constexpr int kDenseTall = 6, kWide = 2;  // 12 sums, 2 weights, 1 broadcast of 16 registers; one load feeds two sums
+#else
+constexpr int kDenseTall = 4, kWide = 1;
+#endif
+constexpr int kSparseTall = 8;             // sums, beside 2 weights, 2 places, 1 choice
+constexpr int kFewRows = 12;               // of dense codes
 
-// Activations packed once per call, [chunks][rows][32] times 2^-excess, and -8 times their sums, [units][rows].
+// Activations packed once per call in tiles of `height` rows, the last one of what is left: [tiles][chunks][rows of tile][32]
+// times 2^-excess, and -8 times their sums, [tiles][units][rows of tile].
 struct Activations {
   const float *x, *correction;
+  int height;
 };
 
 // Bits to the left of which column C's code is cut out; see Place::excess.
@@ -18,28 +29,35 @@ constexpr int excess(bool sparse, int c) {
   return nibble == 7 ? 0 : 4 * nibble;
 }
 
-Activations prepare(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows) {
+Activations prepare(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows, int tall) {
   const int chunks = m.w.chunks, unit = m.unit(), units = m.units();
+  const int even = (rows + tall - 1) / tall;
+  // Tiles of equal height, unless sub-problems must begin with one.
+  const int height = rows > kRowsOfSub ? tall : (rows + even - 1) / even, tiles = (rows + height - 1) / height;
   float factor[kChunk];
   for (int c = 0; c < kChunk; ++c) factor[c] = 1.0f / static_cast<float>(1u << excess(m.sparse, c));
   float* to = scratch<6>(static_cast<std::size_t>(rows) * (chunks * kChunk + units));
   float* correction = to + static_cast<std::size_t>(rows) * chunks * kChunk;
-  std::fill(correction, correction + rows * units, 0.0f);
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < chunks; ++c) {
-      float value[kChunk] = {};
-      const int first = c * kChunk, count = std::min(kChunk, m.inputs - first);
-      std::memcpy(value, x + r * ldx + first, count * sizeof(float));
-      float* out = to + (static_cast<std::size_t>(c) * rows + r) * kChunk;
-      vf sum = vf::zero();
-      for (int i = 0; i < kChunk; i += vf::width) {
-        const vf part = vf::load(value + i);
-        sum = sum + part;
-        (part * vf::load(factor + i)).store(out + i);
+  std::fill(correction, correction + static_cast<std::size_t>(rows) * units, 0.0f);
+#pragma omp parallel for schedule(static) if (tiles > 1 && worth_threads(rows, m.inputs, m.outputs))
+  for (int t = 0; t < tiles; ++t) {
+    const std::size_t first = static_cast<std::size_t>(t) * height;
+    const int count = std::min(height, rows - t * height);
+    for (int r = 0; r < count; ++r)
+      for (int c = 0; c < chunks; ++c) {
+        float value[kChunk] = {};
+        std::memcpy(value, x + (first + r) * ldx + c * kChunk, std::min(kChunk, m.inputs - c * kChunk) * sizeof(float));
+        float* out = to + first * chunks * kChunk + (static_cast<std::size_t>(c) * count + r) * kChunk;
+        vf sum = vf::zero();
+        for (int i = 0; i < kChunk; i += vf::width) {
+          const vf part = vf::load(value + i);
+          sum = sum + part;
+          (part * vf::load(factor + i)).store(out + i);
+        }
+        correction[first * units + c / unit * count + r] -= kZero * sum.sum();
       }
-      correction[c / unit * rows + r] -= kZero * sum.sum();
-    }
-  return {to, correction};
+  }
+  return {to, correction, height};
 }
 
 // A panel, each pointer moved on to its first chunk or unit.
@@ -85,7 +103,7 @@ HASTEN_INLINE inline void panel_rows(const Run& run, float* total, Chunk chunk) 
 
 template <int R>
 void dense_panel(const Run& run, float* total) {
-  constexpr int V = vf::width == 8 && R <= 6 ? 2 : 1, P = partial_sums(R * V);
+  constexpr int V = kWide, P = partial_sums(R * V);
   panel_rows<R, V, P, 4, true>(run, total, [](const std::uint32_t* w, const float* x, vf (&acc)[P][R][V]) HASTEN_INLINE {
     unroll<kChunk>([&]<int c>() HASTEN_INLINE {
       vf weight[V];
@@ -146,20 +164,27 @@ constexpr auto panel_table(std::integer_sequence<int, R...>) {
   else return Table{{&dense_panel<R + 1>...}};
 }
 
-void few(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
-  static constexpr auto dense = panel_table<false>(std::make_integer_sequence<int, kDenseRows>());
-  static constexpr auto sparse = panel_table<true>(std::make_integer_sequence<int, kSparseRows>());
-  const auto multiply = m.sparse ? sparse.at[rows - 1] : dense.at[rows - 1];
-  const Activations all = prepare(m, x, ldx, rows);
+void in_registers(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
+  static constexpr auto dense = panel_table<false>(std::make_integer_sequence<int, kDenseTall>());
+  static constexpr auto sparse = panel_table<true>(std::make_integer_sequence<int, kSparseTall>());
+  const auto* multiply = m.sparse ? sparse.at : dense.at;
+  const Activations all = prepare(m, x, ldx, rows, m.sparse ? kSparseTall : kDenseTall);
   striped(m, rows, y, ldy, [&](const Column& c, int first, int last, bool owner, float* to, std::ptrdiff_t ld) {
-    float scale[kPanel * kBlock], low[kPanel * kBlock], total[kDenseRows * kBlock];
-    std::fill(total, total + rows * kBlock, 0.0f);
+    float scale[kPanel * kBlock], low[kPanel * kBlock];
+    float* total = scratch<7>(kRowsOfSub * kBlock);
+    std::fill(total, total + c.rows * kBlock, 0.0f);
     for (int p = first; p < last; ++p) {
       const int chunk = p * m.panel;
       m.expand(c.block, p, scale, low);
-      multiply({m.words(c.block, p), all.x + static_cast<std::size_t>(chunk) * rows * kChunk,
-                all.correction + chunk / m.unit() * rows, scale, m.panel_end(p) - chunk, m.unit()},
-               total);
+      for (int r = 0; r < c.rows; r += all.height) {
+        const std::size_t row = c.first + r;
+        const int count = std::min(all.height, c.rows - r);
+        multiply[count - 1]({m.words(c.block, p),
+                             all.x + (row * m.w.chunks + static_cast<std::size_t>(chunk) * count) * kChunk,
+                             all.correction + row * m.units() + chunk / m.unit() * count, scale,
+                             m.panel_end(p) - chunk, m.unit()},
+                            total + r * kBlock);
+      }
     }
     finish(m, c, owner, total, nullptr, to, ld);
   });
@@ -171,34 +196,6 @@ void dense_weights(const std::uint32_t* w, const float* scale, const float* low,
     const vf s = vf::load(scale + v), zero = vf::load(low + v);
     unroll<kChunk>([&]<int c>() HASTEN_INLINE {
       fma(s, plain_code<4, c>(w + v).to_float(), zero).store(to + c * kBlock + v);
-    });
-  }
-}
-
-// `value` in the lanes whose index is J, else 0.
-template <int J>
-HASTEN_INLINE inline vf where(vi index, vf value) {
-#if defined(__AVX512F__)
-  return {_mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(index.v, _mm512_set1_epi32(J)), value.v)};
-#elif defined(__AVX2__)
-  const __m256i same = _mm256_cmpeq_epi32(index.v, _mm256_set1_epi32(J));
-  return {_mm256_and_ps(value.v, _mm256_castsi256_ps(same))};
-#else
-  return {index.v == J ? value.v : 0.0f};
-#endif
-}
-
-void sparse_weights(const std::uint32_t* w, const float* scale, float* to) {
-  for (int v = 0; v < kBlock; v += vf::width) {
-    const vi place = vi::load(w + 2 * kBlock + v);
-    unroll<kChunk / 4>([&]<int q>() HASTEN_INLINE {
-      const vf s = vf::load(scale + v) * vf::set(1.0f / static_cast<float>(1u << excess(true, 4 * q)));
-      const vf first = s * kept<q, 0>(w + v), second = s * kept<q, 1>(w + v);
-      const vi at = place.template shift<4 * q>().template mask<3>();
-      const vi then = place.template shift<4 * q + 2>().template mask<3>();
-      unroll<4>([&]<int j>() HASTEN_INLINE {
-        (where<j>(at, first) + where<j>(then, second)).store(to + (4 * q + j) * kBlock + v);
-      });
     });
   }
 }
@@ -218,9 +215,7 @@ void many(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows, float* 
       const std::uint32_t* w = m.words(c.block, p);
       for (int i = 0; i < end - begin; ++i, w += m.w.bits * kBlock) {
         const int u = i / m.unit() * kBlock;
-        float* out = tile + i * kChunk * kBlock;
-        if (m.sparse) sparse_weights(w, scale + u, out);
-        else dense_weights(w, scale + u, low + u, out);
+        dense_weights(w, scale + u, low + u, tile + i * kChunk * kBlock);
       }
       dense::block(x + c.first * ldx + begin * kChunk, ldx, c.rows, tile, depth, init, p > first ? ld : 0, to, ld);
       init = to;
@@ -231,7 +226,7 @@ void many(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows, float* 
 }  // namespace
 
 void exact(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows, float* y, std::ptrdiff_t ldy) {
-  if (rows <= (m.sparse ? kSparseRows : kDenseRows)) few(m, x, ldx, rows, y, ldy);
+  if (m.sparse || rows <= kFewRows) in_registers(m, x, ldx, rows, y, ldy);
   else many(m, x, ldx, rows, y, ldy);
 }
 
