@@ -138,18 +138,21 @@ HASTEN_INLINE inline vf kept(const std::uint32_t* w) {
 
 template <int R>
 void sparse_panel(const Run& run, float* total) {
-  constexpr int V = 1, P = partial_sums(R);
+  constexpr int V = R <= 3 ? kWide : 1, P = partial_sums(R * V);
   panel_rows<R, V, P, kSparseWords, false>(
       run, total, [](const std::uint32_t* w, const float* x, vf (&acc)[P][R][V]) HASTEN_INLINE {
         unroll<kChunk / 4>([&]<int q>() HASTEN_INLINE {
-          const vi place = vi::load(w + 2 * kBlock);
-          const vi at[2] = {place.template shift<4 * q>(), place.template shift<4 * q + 2>()};
-          const vf weight[2] = {kept<q, 0>(w), kept<q, 1>(w)};
-          unroll<R>([&]<int r>() HASTEN_INLINE {
-            const float* four = x + r * kChunk + 4 * q;
-            unroll<2>([&]<int n>() HASTEN_INLINE {
-              constexpr int p = (2 * q + n) % P;
-              acc[p][r][0] = fma(weight[n], choose(four, at[n]), acc[p][r][0]);
+          unroll<V>([&]<int v>() HASTEN_INLINE {
+            const std::uint32_t* word = w + v * vf::width;
+            const vi place = vi::load(word + 2 * kBlock);
+            const vi at[2] = {place.template shift<4 * q>(), place.template shift<4 * q + 2>()};
+            const vf weight[2] = {kept<q, 0>(word), kept<q, 1>(word)};
+            unroll<R>([&]<int r>() HASTEN_INLINE {
+              const float* four = x + r * kChunk + 4 * q;
+              unroll<2>([&]<int n>() HASTEN_INLINE {
+                constexpr int p = (2 * q + n) % P;
+                acc[p][r][v] = fma(weight[n], choose(four, at[n]), acc[p][r][v]);
+              });
             });
           });
         });
