@@ -105,15 +105,17 @@ def assert_close(layer: Packed, x_TI: Tensor, expected_TO: Tensor) -> None:
         assert float((y_TO - expected_TO).abs().max() / top) < 1e-5
 
 
-shapes = dict(
-    outputs=st.integers(1, 70), inputs=st.integers(1, 700), size=st.sampled_from([32, 64, 128, 256, None])
-)
+SHAPES = {
+    "outputs": st.integers(1, 70),
+    "inputs": st.integers(1, 700),
+    "size": st.sampled_from([32, 64, 128, 256, None]),
+}
 
 
 @LEVELS
 @settings(max_examples=25, deadline=None)
 @given(
-    **shapes,
+    **SHAPES,
     rows=st.integers(0, 40),
     activations=st.sampled_from(["float32", "int16", "int8"]),
     kind=st.sampled_from([HALF_KIND, SINGLE]),
@@ -130,7 +132,7 @@ def test_dense_equals_reference(level, outputs, inputs, size, rows, activations,
 
 @LEVELS
 @settings(max_examples=25, deadline=None)
-@given(**shapes, rows=st.integers(0, 40), kind=st.sampled_from([HALF_KIND, SINGLE]), count=st.integers(1, 5))
+@given(**SHAPES, rows=st.integers(0, 40), kind=st.sampled_from([HALF_KIND, SINGLE]), count=st.integers(1, 5))
 def test_sparse_equals_reference(level, outputs, inputs, size, rows, kind, count):
     weight = make_sparse(outputs, inputs, size, kind)
     x_TI = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))

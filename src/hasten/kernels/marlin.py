@@ -1,12 +1,13 @@
 """MARLIN linear layers (arXiv 2408.11743): symmetric 4 bit codes, w[o, i] = scale[o, g] * (code[o, i] - 8).
 
-Dense codes lie as `hasten.kernels.affine` packs them; activations are float32 (exact), int16 or int8 as there. 2:4 sparse
-ones keep two of four consecutive inputs, three bits per weight; activations are float32. Work is cut into stripes, one
-per thread; what two stripes share of an output is added in a fixed order, so that results are the same every time. Rows
-do not influence each other: up to 96 rows, int16 and int8 give a row the same bits whatever its company.
+Dense codes lie as `hasten.kernels.affine` packs them; activations are float32 (exact), int16 or int8 as there. 2:4
+sparse ones keep two of four consecutive inputs, three bits per weight; activations are float32. Work is cut into
+stripes, one per thread; what two stripes share of an output is added in a fixed order, so that results are the same
+every time. Rows do not influence each other: up to 96 rows, int16 and int8 give a row the same bits whatever its
+company.
 
-Legend: I inputs, O outputs, C chunks of 32 inputs, N blocks of 16 outputs, G groups, P outputs filled up to whole blocks,
-Q runs of four consecutive inputs.
+Legend: I inputs, O outputs, C chunks of 32 inputs, N blocks of 16 outputs, G groups, P outputs filled up to whole
+blocks, Q runs of four consecutive inputs.
 """
 
 from __future__ import annotations

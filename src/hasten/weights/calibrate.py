@@ -222,7 +222,8 @@ def calibrate(
     stash_bytes: memory for a linear's inputs that would otherwise be computed twice (true_sequential only).
     keep: leave the replaced linears in the decoder; otherwise they are dropped once the next block's inputs exist
     (the method must have kept its result). lengths_N: tokens of each sample that count, int64 [N]; what follows them
-    is only filling (no token sees a later one). None: all. Deterministic: same tokens, method and thread count, same result.
+    is only filling (no token sees a later one). None: all. Deterministic: same tokens, method and thread count, same
+    result.
     Raises `SettingError` for empty or out-of-range tokens, `IntegrityError` when activations become NaN or infinite.
     """
     check_tokens(token_ids_NL, decoder.config.vocab_size)
@@ -350,9 +351,7 @@ def _at_once(
     def run(x_TE: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
         with contextlib.ExitStack() as stack:
             for leaf, linear in linears.items():
-                stack.enter_context(
-                    _capture(linear, statistics[leaf], leaf == "down_proj", chunks.real_T)
-                )
+                stack.enter_context(_capture(linear, statistics[leaf], leaf == "down_proj", chunks.real_T))
             layer.mlp(layer.attention(x_TE, position_T, attend))
         return x_TE
 
@@ -385,5 +384,6 @@ def _check_lengths(lengths_N: Tensor, token_ids_NL: Tensor) -> None:
     samples, longest = token_ids_NL.shape
     if lengths_N.shape != (samples,) or int(lengths_N.min()) < 1 or int(lengths_N.max()) > longest:
         raise SettingError(
-            f"calibration lengths must be {samples} numbers from 1 to {longest}, one per sample, not {lengths_N.tolist()}"
+            f"calibration lengths must be {samples} numbers from 1 to {longest}, one per sample, "
+            f"not {lengths_N.tolist()}"
         )

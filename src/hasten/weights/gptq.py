@@ -102,7 +102,7 @@ class GPTQ(Technique):
         return make_grid(self.bits, self.symmetric, self.mse)
 
     def sweep_options(self) -> dict[str, Any]:
-        """What `hasten.weights.gptq_sweep.quantize` is called with besides the grid; recipes built on GPTQ add to it."""
+        """What `gptq_sweep.quantize` is called with besides the grid; recipes built on GPTQ add to it."""
         return {
             "act_order": self.act_order,
             "static_groups": self.static_groups,

@@ -1,8 +1,9 @@
 """MARLIN: symmetric 4 bit weights whose kernels keep their speed while the batch grows, optionally 2:4 sparse.
 
-Frantar, Castro, Chen, Hoefler, Alistarh, PPoPP 2025, arXiv 2408.11743. The weights come from GPTQ with the paper's recipe:
-dampening 0.1, a running mean instead of a sum for the Hessian, a search for each group's clipping threshold in the
-measure of the sweep itself, calibration samples of varying length. ``sparse`` prunes in the same sweep, as SparseGPT.
+Frantar, Castro, Chen, Hoefler, Alistarh, PPoPP 2025, arXiv 2408.11743. The weights come from GPTQ with the paper's
+recipe: dampening 0.1, a running mean instead of a sum for the Hessian, a search for each group's clipping threshold
+in the measure of the sweep itself, calibration samples of varying length. ``sparse`` prunes in the same sweep, as
+SparseGPT.
 
 Legend: N samples, L tokens of a sample, O outputs.
 """
@@ -69,10 +70,13 @@ class Marlin(Technique):
         description="int16 (w4a16, fixed point per row), float32 (exact), int8 (w4a8: another method, coarser); "
         "None: int16, float32 with sparse",
     )
-    sparse: bool = Field(False, description="keep two of each four inputs (Sparse-MARLIN, 3.25 bits per weight)")
+    sparse: bool = Field(
+        False, description="keep two of each four inputs (Sparse-MARLIN, 3.25 bits per weight)"
+    )
     clip: bool = Field(True, description="search the clipping threshold of every group")
     act_order: bool | None = Field(
-        None, description="visit inputs by falling energy; None: yes, except with sparse, which needs their order"
+        None,
+        description="visit inputs by falling energy; None: yes, except with sparse, which needs their order",
     )
     percdamp: float = Field(0.1, gt=0, lt=1, description="dampening, as a share of the mean diagonal of H")
     samples: int = Field(64, ge=1, description="calibration segments")

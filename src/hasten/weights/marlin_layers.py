@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import UnsupportedError
-from hasten.kernels.affine import HALF_KIND, CHUNK, OFFSET, Numbers, group_count
+from hasten.kernels.affine import CHUNK, HALF_KIND, OFFSET, Numbers, group_count
 from hasten.kernels.marlin import (
     GROUP_SIZES,
     ZERO_CODE,
@@ -42,8 +42,8 @@ class MarlinLinear(AffineLinear):
 class SparseMarlinLinear(KernelLinear):
     """2:4 sparse symmetric 4 bit codes, three bits per weight.
 
-    codes_OI: uint8, at most two of each four consecutive inputs other than 8. scale_OG: float32, stored as float16 where
-    that is exact. bias_O: float32 or None. Raises `UnsupportedError` for weights that are not 2:4 sparse.
+    codes_OI: uint8, at most two of each four consecutive inputs other than 8. scale_OG: float32, stored as float16
+    where that is exact. bias_O: float32 or None. Raises `UnsupportedError` for weights that are not 2:4 sparse.
     """
 
     words: Tensor
