@@ -15,6 +15,9 @@ from hasten.core.errors import UnsupportedError
 from hasten.weights.affine import AffineFormat
 from hasten.weights.dense import DenseFormat
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
+from hasten.weights.gptq_grid import UniformGrid
+from hasten.weights.gptq_sweep import round_to_nearest
+from hasten.weights.marlin_layers import pack_marlin
 from hasten.weights.native import NativeFormat
 
 
@@ -28,11 +31,24 @@ class Source(LinearSource):
         return self.weight_OI
 
 
+class Marlin(WeightFormat):
+    """MARLIN layers of rounded weights: the technique's own format calibrates."""
+
+    def __init__(self, group_size: int | None) -> None:
+        self.group_size = group_size
+
+    def pack(self, source: LinearSource) -> PackedLinear:
+        weight = round_to_nearest(source.dense(), UniformGrid(4, symmetric=True), self.group_size)
+        return pack_marlin(weight, source.bias_O, "float32", False)
+
+
 # Formats with a rough upper bound of bits per weight for the shapes below (what fills up blocks included).
 FORMATS: dict[str, tuple[Callable[[], WeightFormat], float]] = {
     "dense-float32": (lambda: DenseFormat("float32"), 36),
     "dense-bfloat16": (lambda: DenseFormat("bfloat16"), 18),
     "native-plain": (NativeFormat, 18),
+    "marlin-64": (lambda: Marlin(64), 5.4),
+    "marlin-row": (lambda: Marlin(None), 4.7),
     **{
         f"affine-{bits}-{size}-{grid}": (
             lambda bits=bits, size=size, grid=grid: AffineFormat(bits, size, grid, head_bits=None),
