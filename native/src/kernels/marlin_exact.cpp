@@ -194,12 +194,12 @@ void in_registers(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows,
 }
 
 // The weights of a chunk as float32 [32][16].
-void dense_weights(const std::uint32_t* w, const float* scale, const float* low, float* to) {
+template <int... C>
+void dense_weights(const std::uint32_t* w, const float* scale, const float* low, float* to,
+                   std::integer_sequence<int, C...>) {
   for (int v = 0; v < kBlock; v += vf::width) {
     const vf s = vf::load(scale + v), zero = vf::load(low + v);
-    unroll<kChunk>([&]<int c>() HASTEN_INLINE {
-      fma(s, plain_code<4, c>(w + v).to_float(), zero).store(to + c * kBlock + v);
-    });
+    (fma(s, plain_code<4, C>(w + v).to_float(), zero).store(to + C * kBlock + v), ...);
   }
 }
 
@@ -218,7 +218,7 @@ void many(const Marlin& m, const float* x, std::ptrdiff_t ldx, int rows, float* 
       const std::uint32_t* w = m.words(c.block, p);
       for (int i = 0; i < end - begin; ++i, w += m.w.bits * kBlock) {
         const int u = i / m.unit() * kBlock;
-        dense_weights(w, scale + u, low + u, tile + i * kChunk * kBlock);
+        dense_weights(w, scale + u, low + u, tile + i * kChunk * kBlock, std::make_integer_sequence<int, kChunk>());
       }
       dense::block(x + c.first * ldx + begin * kChunk, ldx, c.rows, tile, depth, init, p > first ? ld : 0, to, ld);
       init = to;
