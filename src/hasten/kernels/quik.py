@@ -1,8 +1,9 @@
 """Linear layers whose weights and inputs are both rounded to 4 or 8 bits, with a few outlier features left as they are.
 
 Source: QUIK (Ashkboos et al., arXiv 2310.09259). Weights: one scale s_n per output, codes q_w in [-half, half).
-Inputs: per row, on the base features, s_t = (max - min) / top, z_t = min, q_x = round((x - z_t) / s_t) - half, with half = 8,
-top = 15 (4 bits) or half = 128, top = 255 (8 bits). With the outlier features O multiplied in float32 by bfloat16 weights,
+Inputs: per row, on the base features, s_t = (max - min) / top, z_t = min, q_x = round((x - z_t) / s_t) - half, with
+half = 8, top = 15 (4 bits) or half = 128, top = 255 (8 bits). With the outlier features O multiplied in float32 by
+bfloat16 weights,
 
     y = s_t s_n sum(q_x q_w) + (z_t + half s_t) wred_n + sum_O x w + bias,   wred_n = s_n sum(q_w)
 
@@ -177,8 +178,8 @@ def quik(weight: QuikWeight, *, module: ModuleType | None = None) -> Packed:
 def forward_stages(layer: Packed, x_TI: Tensor, fusion: str = "all") -> Tensor:
     """The integer product whatever the row count, with its stages fused as asked: same result, other time.
 
-    fusion: ``"none"`` (split, range, codes, outlier product, integer product and rescaling are passes of their own, each
-    result through memory), ``"quantize"`` (the first three in one pass) or ``"all"`` (what a layer runs).
+    fusion: ``"none"`` (split, range, codes, outlier product, integer product and rescaling are passes of their own,
+    each result through memory), ``"quantize"`` (the first three in one pass) or ``"all"`` (what a layer runs).
     Raises `ValueError` for another fusion, a wrong shape or a layer that is not of this kind, `TypeError` for a dtype.
     """
     if fusion not in FUSIONS:

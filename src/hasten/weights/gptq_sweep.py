@@ -122,25 +122,30 @@ def _fit(grid: Grid, w_KO: Tensor, upper_KK: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _keep_two(w_KO: Tensor, cost_K: Tensor) -> Tensor:
-    """bool [K, O]: in each four columns, the two of a row whose removal would cost most; cost_K: of a unit weight."""
-    score_Q4O = (w_KO.square() * cost_K[:, None]).unflatten(0, (-1, 4))
-    best_Q2O = score_Q4O.topk(2, dim=1).indices
-    return torch.zeros_like(score_Q4O, dtype=torch.bool).scatter_(1, best_Q2O, True).flatten(0, 1)
+    """bool [K, O]: in each four columns, the two of a row whose removal would cost most; of fewer at the end, half
+    (rounded up). cost_K: of a unit weight."""
+    score_KO = w_KO.square() * cost_K[:, None]
+    whole = len(score_KO) // 4 * 4
+    parts = [score_KO[:whole].unflatten(0, (-1, 4))] if whole else []
+    if whole < len(score_KO):
+        parts.append(score_KO[None, whole:])
+    kept = []
+    for score_QFO in parts:
+        best_QHO = score_QFO.topk(-(-score_QFO.shape[1] // 2), dim=1).indices
+        kept.append(
+            torch.zeros_like(score_QFO, dtype=torch.bool).scatter_(1, best_QHO, True).flatten(0, 1)
+        )
+    return torch.cat(kept)
 
 
-def _check_options(
-    grid: Grid, inputs: int, group: int, blocksize: int, ordered: bool, clip: bool, two_of_four: bool
-) -> None:
+def _check_options(grid: Grid, blocksize: int, clip: bool, two_of_four: bool) -> None:
     if clip and not isinstance(grid, UniformGrid):
         raise SettingError("the search for a clipping threshold needs a uniform grid")
     if two_of_four and (not isinstance(grid, UniformGrid) or not grid.symmetric):
         raise SettingError("2:4 sparse weights need a symmetric grid, which has an exact zero")
-    if two_of_four and not ordered:
-        raise SettingError("2:4 sparse weights are swept in order: four neighbours must come together")
-    if two_of_four and (inputs % 4 or group % 4 or blocksize % 4):
+    if two_of_four and blocksize % 4:
         raise UnsupportedError(
-            f"2:4 sparse weights come in fours: {inputs} inputs, groups of {group} and blocks of {blocksize} must be "
-            "multiples of 4"
+            f"2:4 sparse weights come in fours: blocks of {blocksize} must be multiples of 4"
         )
 
 
@@ -184,25 +189,75 @@ def sweep(
     Raises `IntegrityError` on NaN, `UnsupportedError` when shapes do not match.
     """
     _check(w_OI, group_size, blocksize)
+    inputs = w_OI.shape[1]
+    group = inputs if group_size is None else min(group_size, inputs)
+    if two_of_four and perm_I is not None:
+        raise SettingError("2:4 sparse weights are swept in order: four neighbours must come together")
+    if two_of_four and (inputs % 4 or group % 4):
+        raise UnsupportedError(
+            f"2:4 sparse weights come in fours: {inputs} inputs and groups of {group} must be multiples of 4"
+        )
+    weight, loss, _ = partial_sweep(
+        w_OI,
+        factor,
+        grid,
+        group_size,
+        blocksize=blocksize,
+        perm_I=perm_I,
+        static_groups=static_groups,
+        clip=clip,
+        two_of_four=two_of_four,
+    )
+    return weight, loss
+
+
+def partial_sweep(
+    w_OI: Tensor,
+    factor: Factor,
+    grid: Grid,
+    group_size: int | None = None,
+    *,
+    blocksize: int = 128,
+    perm_I: Tensor | None = None,
+    static_groups: bool = False,
+    clip: bool = False,
+    two_of_four: bool = False,
+    frozen: int = 0,
+) -> tuple[QuantizedWeight, float, Tensor]:
+    """`sweep` that leaves the last ``frozen`` visited columns as they are, but for the errors moved into them.
+
+    Returns the weight (of the other columns, in the order they are stored in), the loss, and the frozen columns
+    float32 [O, frozen] in the order of visits. two_of_four: neighbours are those visited together; what is left over
+    at the end loses half (rounded down).
+    """
+    _check(w_OI, group_size, blocksize)
     outputs, inputs = w_OI.shape
     if factor.upper_II.shape != (inputs, inputs):
         raise UnsupportedError(
             f"a factor of {factor.upper_II.shape[0]} inputs cannot quantise a weight of {inputs} inputs"
         )
-    group = inputs if group_size is None else min(group_size, inputs)
-    _check_options(grid, inputs, group, blocksize, perm_I is None, clip, two_of_four)
+    _check_options(grid, blocksize, clip, two_of_four)
+    if not 0 <= frozen <= inputs or (frozen and group_size is not None):
+        raise UnsupportedError(
+            f"{frozen} of {inputs} columns frozen in groups of {group_size}: frozen columns need one group per row"
+        )
     order_I = torch.arange(inputs) if perm_I is None else perm_I
     w_IO = w_OI.to(torch.float64)[:, order_I].t().contiguous()
-    w_IO[factor.dead_I] = 0
+    inputs -= frozen
+    w_IO[:inputs][factor.dead_I[:inputs]] = 0
+    # Columns by their place among those that are stored.
+    order_I = order_I[:inputs].argsort().argsort() if frozen else order_I
+    group = inputs if group_size is None else min(group_size, inputs)
     upper_II, diagonal = factor.upper_II, factor.upper_II.diagonal().tolist()
     cost_I = upper_II.diagonal().square().reciprocal()
     groups = group_count(inputs, group)
     fixed = static_groups or group == inputs  # one group per row is fitted before the sweep in any case
     if fixed:
-        original_IO = torch.empty_like(w_IO)
-        original_IO[order_I] = w_IO
+        original_IO = torch.empty_like(w_IO[:inputs])
+        kept_IO = w_IO[:inputs]
         if two_of_four:  # scales are for what will be kept, as far as that is known now
-            original_IO *= _keep_two(original_IO, cost_I)
+            kept_IO = kept_IO * _keep_two(kept_IO, cost_I[:inputs])
+        original_IO[order_I] = kept_IO
         visit_I = torch.argsort(order_I)
 
         def upper_of(run: slice) -> Tensor:
@@ -231,7 +286,8 @@ def sweep(
                 code_O = grid.encode(w_IO[j], a_GO[g], b_GO[g])
                 if two_of_four:
                     if j % 4 == 0:
-                        keep_4O = _keep_two(w_IO[j : j + 4], cost_I[j : j + 4])
+                        four = slice(j, min(j + 4, inputs))
+                        keep_4O = _keep_two(w_IO[four], cost_I[four])
                     code_O = torch.where(keep_4O[j % 4], code_O, b_GO[g])
                 codes_IO[j] = code_O
                 error_O = error_BO[j - start]
@@ -242,7 +298,7 @@ def sweep(
                 w_IO[last:stop].addmm_(
                     upper_II[first:last, last:stop].t(), error_BO[first - start : last - start], alpha=-1
                 )
-        if stop < inputs:
+        if stop < len(w_IO):
             w_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), error_BO, alpha=-1)
         loss += 0.5 * float(error_BO.square().sum())
     stored_IO = torch.empty_like(codes_IO)
@@ -256,7 +312,7 @@ def sweep(
         b_GO.t().float().contiguous(),
         group_I,
     )
-    return weight, loss
+    return weight, loss, w_IO[inputs:].t().float().contiguous()
 
 
 def quantize(

@@ -12,7 +12,7 @@ from hasten.kernels.quik import QuikWeight, codes, dequantize, outlier_weight
 
 
 def quantize_rows(x_TI: Tensor, weight: QuikWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes q_x [T, K], s_T, z_T and outliers [T, F], all in the dtype of ``x_TI``; float32 rounds as the kernel does."""
+    """Codes q_x [T, K], s_T, z_T and outliers [T, F] in the dtype of ``x_TI``; float32 rounds as the kernel does."""
     top = (1 << weight.bits) - 1
     base_TK, outlier_TF = x_TI[:, weight.base_K.long()], x_TI[:, weight.outlier_F.long()]
     low_T, high_T = torch.aminmax(base_TK, dim=1)
@@ -28,7 +28,7 @@ def quantize_rows(x_TI: Tensor, weight: QuikWeight) -> tuple[Tensor, Tensor, Ten
 
 
 def quik(x_TI: Tensor, weight: QuikWeight) -> Tensor:
-    """y [T, O] in the dtype of ``x_TI``. Inputs are rounded in float32, as the kernel does; then float64 adds nothing."""
+    """y [T, O] in the dtype of ``x_TI``. Inputs are rounded in float32, as in the kernel; float64 adds nothing then."""
     if weight.base_K.numel() == 0:
         y_TO = x_TI @ dequantize(weight).to(x_TI.dtype).t()
         return y_TO if weight.bias_P is None else y_TO + weight.bias_P[: weight.outputs]
