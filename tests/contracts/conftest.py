@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"group_size": 32, "samples": 4, "sample_length": 64},
     "sleb": {"remove": 1, "samples": 2, "sample_length": 32},
     "marlin": {"group_size": 32, "samples": 4, "sample_length": 64},
+    # min_rows: by default it depends on the rows of a call, not on the row, whether a row is rounded.
+    "quik": {"outliers": 8, "min_rows": 1, "samples": 4, "sample_length": 64},
 }
 
 

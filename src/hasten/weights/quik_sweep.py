@@ -132,7 +132,9 @@ def quantize_mixed(
     and `inverse_factor`; `UnsupportedError` for sparse with act_order.
     """
     if sparse and act_order:
-        raise UnsupportedError("2:4 means neighbouring base features: visit them in order (act_order = false)")
+        raise UnsupportedError(
+            "2:4 means neighbouring base features: visit them in order (act_order = false)"
+        )
     grid, w_OI = SignedGrid(bits, mse=mse), w_OI.to(torch.float32)
     base_K = _base(w_OI.shape[1], outlier_F)
     if act_order:
