@@ -19,6 +19,8 @@ from hasten.weights.gptq_grid import UniformGrid
 from hasten.weights.gptq_sweep import round_to_nearest
 from hasten.weights.marlin_layers import pack_marlin
 from hasten.weights.native import NativeFormat
+from hasten.weights.quik_linear import QuikLinear
+from hasten.weights.quik_sweep import round_mixed
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Marlin(WeightFormat):
         return pack_marlin(weight, source.bias_O, "float32", False)
 
 
+class QuikWeights(WeightFormat):
+    """QUIK's packed codes without its calibration, inputs never rounded."""
+
+    def pack(self, source: LinearSource) -> PackedLinear:
+        weight = round_mixed(source.dense(), torch.empty(0, dtype=torch.int64), 4)
+        return QuikLinear(weight, source.bias_O, None)
+
+
 # Formats with a rough upper bound of bits per weight for the shapes below (what fills up blocks included).
 FORMATS: dict[str, tuple[Callable[[], WeightFormat], float]] = {
     "dense-float32": (lambda: DenseFormat("float32"), 36),
@@ -49,6 +59,7 @@ FORMATS: dict[str, tuple[Callable[[], WeightFormat], float]] = {
     "native-plain": (NativeFormat, 18),
     "marlin-64": (lambda: Marlin(64), 5.4),
     "marlin-row": (lambda: Marlin(None), 4.7),
+    "quik-weights": (QuikWeights, 5),
     **{
         f"affine-{bits}-{size}-{grid}": (
             lambda bits=bits, size=size, grid=grid: AffineFormat(bits, size, grid, head_bits=None),

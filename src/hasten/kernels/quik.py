@@ -95,8 +95,6 @@ def pack_quik(
         raise ValueError(f"outlier features must ascend within [0, {inputs})")
     if bias_O is not None and bias_O.shape != (outputs,):
         raise ValueError(f"bias must be [{outputs}], not {list(bias_O.shape)}")
-    base_I = torch.ones(inputs, dtype=torch.bool)
-    base_I[outlier_F.long()] = False
     half = 1 << (bits - 1)
     # float64: of up to 65535 codes the sum is exact, and so is rounded once.
     wred_O = (scale_O.double() * (codes_OK.double().sum(1) - half * width)).float()
@@ -107,12 +105,19 @@ def pack_quik(
         pack_codes(codes_OK, bits) if width else None,
         pad_rows(scale_O).flatten(),
         pad_rows(wred_O).flatten(),
-        base_I.nonzero().flatten().to(torch.int32),
+        base_features(inputs, outlier_F),
         outlier_F.contiguous(),
         pack_dense(outlier_OF.to(torch.bfloat16)) if count else None,
         None if bias_O is None else pad_rows(bias_O.detach().float()).flatten(),
         min_rows,
     )
+
+
+def base_features(inputs: int, outlier_F: Tensor) -> Tensor:
+    """The features that are not outliers, int32, ascending."""
+    base_I = torch.ones(inputs, dtype=torch.bool)
+    base_I[outlier_F.long()] = False
+    return base_I.nonzero().flatten().to(torch.int32)
 
 
 def codes(weight: QuikWeight) -> Tensor:

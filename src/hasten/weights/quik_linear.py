@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hasten.core.errors import ArtefactError, UnsupportedError
 from hasten.kernels.packed import Packed
-from hasten.kernels.quik import NEVER, QuikWeight, dequantize, pack_quik, quik
+from hasten.kernels.quik import NEVER, QuikWeight, base_features, dequantize, pack_quik, quik
 from hasten.models.gptq_layout import pack_words, unpack_words
 from hasten.weights.packed import KernelLinear
 from hasten.weights.quik_sweep import MixedWeight
 
-_TENSORS = ("words", "scale_P", "wred_P", "base_K", "outlier_F", "outlier_NF16", "bias_P")
+_TENSORS = ("words", "scale_P", "wred_P", "outlier_F", "outlier_NF16", "bias_P")
 
 
 class QuikLinear(KernelLinear):
@@ -51,13 +51,13 @@ class QuikLinear(KernelLinear):
         """The packed weight over this module's buffers."""
         inputs, outputs, bits, min_rows = self._form
         return QuikWeight(
-            inputs, outputs, bits, min_rows=min_rows, **{name: getattr(self, name) for name in _TENSORS}
+            inputs,
+            outputs,
+            bits,
+            base_K=base_features(inputs, self.outlier_F),
+            min_rows=min_rows,
+            **{name: getattr(self, name) for name in _TENSORS},
         )
-
-    def at_least(self, min_rows: int | None) -> None:
-        """From how many rows on inputs are rounded; None: never."""
-        self._form = (*self._form[:3], NEVER if min_rows is None else min_rows)
-        self._kernel = None
 
     def make_kernel(self) -> Packed:
         return quik(self.weight)
