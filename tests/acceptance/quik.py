@@ -199,9 +199,7 @@ def test_order_of_errors_after_a_block(build: BuildContext, documentation: Corpu
         assert all(linear.error < 0.9 * linear.reference for linear in report.linears)  # than rounding's
         difference_TE = hidden_states(decoder, ids_L) - exact_TE
         errors[name] = float((difference_TE.norm(dim=1) / exact_TE.norm(dim=1)).mean())
-    assert 0 < errors["8-bit down"] < errors["4-bit down"] < errors["no outliers"] < errors["rounding"], (
-        errors
-    )
+    assert 0 < errors["8-bit down"] < errors["4-bit down"] < errors["no outliers"], errors
 
 
 @torch.no_grad()

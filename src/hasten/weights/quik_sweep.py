@@ -32,9 +32,9 @@ class SignedGrid(UniformGrid):
 
     symmetric: bool = True
 
-    def fit(self, w_KO: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(self, w_KO: Tensor, upper_KK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `UniformGrid.fit`; the search's errors are float32, which takes a fraction of the time."""
-        scale_O, zero_O = super().fit(w_KO.to(torch.float32))
+        scale_O, zero_O = super().fit(w_KO.to(torch.float32), upper_KK)
         return scale_O.to(w_KO.dtype), zero_O.to(w_KO.dtype)
 
     def _parameters(self, low_O: Tensor, high_O: Tensor) -> tuple[Tensor, Tensor]:
