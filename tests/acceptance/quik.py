@@ -8,7 +8,6 @@ not rounded; 6 activations are rounded four times per block.
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,8 @@ from hasten.weights.quik_sweep import (
     quantize_mixed,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
-from gptq_models import LLAMA, random_documents, write_model
-from gptq_models import context as tiny_context
+from ..weights.gptq_models import LLAMA, random_documents, write_model
+from ..weights.gptq_models import context as tiny_context
 
 
 def layer(outputs: int, inputs: int, seed: int = 0) -> tuple[Tensor, OutlierStatistic, Tensor]:
