@@ -6,8 +6,8 @@
 //   y[t,n] = s_t s_n sum_I q_x q_w + (z_t + half s_t) wred[n] + sum_O x w + bias,   wred[n] = s_n sum_I q_w
 // Weight codes are stored as q_w + half (0..15 or 0..255) in the words of affine_codes.h: unsigned bytes meet the signed
 // bytes of the inputs, and half times a row's sum of q_x comes off the integer sum.
-// Stages: (a) one pass over a row splits it, finds its range, rounds and lays out its codes; (b) the product of the outliers
-// starts the output; (c) integer product; (d) scaled and added to the output, a tile of rows x 16 outputs at a time.
+// Stages: (a) one pass over a row splits it, finds its range, rounds and lays out its codes; (b) the product of the
+// outliers starts the output; (c) integer product; (d) scaled and added to the output, a tile of rows x 16 outputs at a time.
 #pragma once
 
 #include "affine_rounded.h"

@@ -16,7 +16,8 @@ Rows quantize_apart(const Quik& q, const float* x, std::ptrdiff_t ldx, int rows,
   float* base = scratch<5>(width * rows);
   float* inverse = scratch<6>(rows);
 #pragma omp parallel for schedule(static) if (parallel && rows > 8)
-  for (int r = 0; r < rows; ++r) split_row(q, x + r * ldx, base + r * width, all.outlier + static_cast<std::size_t>(r) * q.outliers);
+  for (int r = 0; r < rows; ++r)
+    split_row(q, x + r * ldx, base + r * width, all.outlier + static_cast<std::size_t>(r) * q.outliers);
 #pragma omp parallel for schedule(static) if (parallel && rows > 8)
   for (int r = 0; r < rows; ++r) {
     const Range range = range_of(q, base + r * width);
@@ -30,7 +31,9 @@ Rows quantize_apart(const Quik& q, const float* x, std::ptrdiff_t ldx, int rows,
 void forward_apart(const Quik& q, const float* x, std::ptrdiff_t ldx, int rows, float* y, Fusion fusion) {
   const bool parallel = worth_threads(rows, q.inputs, q.outputs);
   const Rows all = fusion == Fusion::none ? quantize_apart(q, x, ldx, rows, parallel) : quantize(q, x, ldx, rows, parallel);
-  const auto panel = [&](int block, int start, int) { return q.outlier_block(block) + static_cast<std::size_t>(start) * kBlock; };
+  const auto panel = [&](int block, int start, int) {
+    return q.outlier_block(block) + static_cast<std::size_t>(start) * kBlock;
+  };
   // With no outliers this fills in the bias.
   dense::product(all.outlier, q.outliers, rows, q.outliers, q.outputs, q.base.bias, y, q.outputs, parallel, panel);
   const int blocks = (q.outputs + kBlock - 1) / kBlock, tasks = blocks * ((rows + kRows - 1) / kRows);

@@ -27,6 +27,8 @@ class QuikLinear(KernelLinear):
     Raises `UnsupportedError` when the weight does not fit the kernels.
     """
 
+    outlier_F: Tensor
+
     def __init__(self, weight: MixedWeight, bias_O: Tensor | None, min_rows: int | None = 1) -> None:
         try:
             packed = pack_quik(
