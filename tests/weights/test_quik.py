@@ -41,7 +41,7 @@ def test_precision_of_a_linear() -> None:
     assert technique.precision("layers.1.o_proj", 576, 576).bits == 16
     assert technique.precision("layers.9.down_proj", 1536, 576) == Precision(4, 7, 3.0, False)
     assert technique.precision("layers.1.qkv_proj", 20, 576).outliers == 20
-    assert QUIK(fp_relative=False).precision("layers.1.down_proj", 1536, 576).outliers == 32
+    assert QUIK(outliers=32, fp_relative=False).precision("layers.1.down_proj", 1536, 576).outliers == 32
     sparse = QUIK(sparse=True, act_order=False)
     assert sparse.precision("layers.1.qkv_proj", 576, 576).sparse
     assert not sparse.precision("layers.1.down_proj", 1536, 576).sparse

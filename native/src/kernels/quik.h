@@ -7,7 +7,7 @@
 // Weight codes are stored as q_w + half (0..15 or 0..255) in the words of affine_codes.h: unsigned bytes meet the signed
 // bytes of the inputs, and half times a row's sum of q_x comes off the integer sum.
 // Stages: (a) one pass over a row splits it, finds its range, rounds and lays out its codes; (b) the product of the
-// outliers starts the output; (c) integer product; (d) scaled and added to the output, a tile of rows x 16 outputs at a time.
+// outliers starts the output; (c) integer product; (d) its scaling onto the output, a tile of rows x 16 outputs at a time.
 #pragma once
 
 #include "affine_rounded.h"

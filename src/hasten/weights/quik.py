@@ -46,6 +46,7 @@ from hasten.weights.quik_sweep import (
     OutlierStatistic,
     outlier_features,
     quantize_mixed,
+    relative_error,
     round_mixed,
 )
 
@@ -82,7 +83,7 @@ class QUIK(Technique):
 
     bits: Literal[4, 8] = Field(4, description="bits of weights and activations")
     down_bits: Literal[4, 8, 16] = Field(8, description="the same of the down projection; 16 leaves it dense")
-    outliers: int = Field(32, ge=0, description="features of a linear that stay in 16 bits")
+    outliers: int = Field(64, ge=0, description="features of a linear that stay in 16 bits")
     fp_relative: bool = Field(True, description="floor(inputs / hidden size) times as many for wide inputs")
     zero_threshold: float = Field(
         0.0, ge=0, description="no outliers where no activation reaches this (twice this: down projection)"
@@ -227,27 +228,27 @@ class QuikMethod(BlockMethod):
             seconds = time.perf_counter() - started
             return FixedLinear(weight_OI.float(), linear.bias), LinearReport(name, 0.0, 0.0, seconds, detail)
         outlier_F = outlier_features(statistic.largest_I, want.outliers, want.threshold)
-        weight, report = quantize_mixed(
-            linear.weight,
-            statistic.matrix_II,
-            outlier_F,
-            want.bits,
-            mse=settings.clip,
-            act_order=settings.act_order,
-            sparse=want.sparse,
-            percdamp=settings.percdamp,
-            blocksize=settings.blocksize,
-        )
-        error = report.error
-        if not settings.sweep:
-            weight, error = (
-                round_mixed(linear.weight, outlier_F, want.bits, mse=settings.clip),
-                report.rtn_error,
+        detail["outliers"] = outlier_F.numel()
+        if settings.sweep:
+            weight, swept = quantize_mixed(
+                linear.weight,
+                statistic.matrix_II,
+                outlier_F,
+                want.bits,
+                mse=settings.clip,
+                act_order=settings.act_order,
+                sparse=want.sparse,
+                percdamp=settings.percdamp,
+                blocksize=settings.blocksize,
             )
+            error, reference = swept.error, swept.rtn_error
+            detail |= {"percdamp": swept.percdamp, "dead": swept.dead}
+        else:
+            weight = round_mixed(linear.weight, outlier_F, want.bits, mse=settings.clip)
+            error = reference = relative_error(linear.weight, weight, statistic.matrix_II)
         self._tensors |= to_tensors(name, weight)
-        detail |= {"outliers": outlier_F.numel(), "percdamp": report.percdamp, "dead": report.dead}
         seconds = time.perf_counter() - started
-        return self._module(weight, linear.bias), LinearReport(name, error, report.rtn_error, seconds, detail)
+        return self._module(weight, linear.bias), LinearReport(name, error, reference, seconds, detail)
 
     def _module(self, weight: MixedWeight, bias_O: Tensor | None) -> nn.Module:
         if not self.settings.round_activations:

@@ -117,6 +117,13 @@ def _base(inputs: int, outlier_F: Tensor) -> Tensor:
     return base_features(inputs, outlier_F).long()
 
 
+def relative_error(w_OI: Tensor, weight: MixedWeight, hessian_II: Tensor) -> float:
+    """The share of the layer's mean squared output that rounding the weights loses on the calibration data."""
+    w_OI = w_OI.to(torch.float32)
+    power = quadratic(w_OI, hessian_II) or 1.0
+    return quadratic(w_OI - weight.dequantize(), hessian_II) / power
+
+
 def quantize_mixed(
     w_OI: Tensor,
     hessian_II: Tensor,
@@ -164,11 +171,10 @@ def quantize_mixed(
         codes_OK = grid.encode(stored_OK.double(), base.a_OG.double(), base.b_OG.double()).to(torch.uint8)
         nearest = replace(weight, codes_OK=codes_OK, outlier_OF=w_OI[:, outlier_F].to(torch.bfloat16).float())
         percdamp_used, dead = factor.percdamp, int(factor.dead_I.sum())
-    power = quadratic(w_OI, hessian_II) or 1.0
     return weight, SweepReport(
         loss=loss,
-        error=quadratic(w_OI - weight.dequantize(), hessian_II) / power,
-        rtn_error=quadratic(w_OI - nearest.dequantize(), hessian_II) / power,
+        error=relative_error(w_OI, weight, hessian_II),
+        rtn_error=relative_error(w_OI, nearest, hessian_II),
         percdamp=percdamp_used,
         dead=dead,
     )
