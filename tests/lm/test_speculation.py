@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +301,30 @@ def test_trees_are_verified_in_one_pass(make_llm, shaped, tight, use):
     else:
         assert accepted >= sum(forest.kept) > 20
     idle(llm)
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_a_verified_round_is_one_native_call(make_llm, trees, monkeypatch):
+    """Drafts take the same road as plain steps: the whole step in one call, with as many rows as guesses and one."""
+    plain = make_llm(dtype="bfloat16")
+    prompt = ids_of(9)
+    answer = list(plain.generate([prompt], params(30))[0].token_ids)
+    llm, rows = make_llm(dtype="bfloat16"), []
+    native = llm.engine.runner._stack
+    assert native is not None
+    step = native.stack.step
+    monkeypatch.setattr(
+        native, "stack", SimpleNamespace(step=lambda x, *more: rows.append(len(x)) or step(x, *more))
+    )
+    llm.engine.parts.drafter = (Forest if trees else Oracle)([(prompt, answer)])
+    request = llm.engine.submit(prompt, params(30))
+    steps = 0
+    while llm.engine.step():
+        steps += 1
+    assert len(rows) == steps + 1
+    assert sum(rows) == request.ledger.computed
+    assert max(rows[1:]) == 9
+    assert len(request.completion().token_ids) == 30
 
 
 def test_trees_keep_the_distribution(make_llm):
