@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -312,10 +311,8 @@ def test_a_verified_round_is_one_native_call(make_llm, trees, monkeypatch):
     llm, rows = make_llm(dtype="bfloat16"), []
     native = llm.engine.runner._stack
     assert native is not None
-    step = native.stack.step
-    monkeypatch.setattr(
-        native, "stack", SimpleNamespace(step=lambda x, *more: rows.append(len(x)) or step(x, *more))
-    )
+    kind, step = type(native.stack), type(native.stack).step
+    monkeypatch.setattr(kind, "step", lambda self, x, *more: rows.append(len(x)) or step(self, x, *more))
     llm.engine.parts.drafter = (Forest if trees else Oracle)([(prompt, answer)])
     request = llm.engine.submit(prompt, params(30))
     steps = 0
