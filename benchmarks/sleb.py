@@ -108,7 +108,9 @@ def quality(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for criterion in args.criteria:
             ratios, losses = [], []
             for draw in range(args.draws):
-                record = found(SLEB(criterion=criterion, remove=count, seed=draw), held_out)
+                record = found(
+                    SLEB(criterion=criterion, remove=count, seed=draw, samples=args.samples), held_out
+                )
                 ratios.append(record["held_out"])
                 losses.append(record["losses"][-1] - record["losses"][0])
                 yield record
@@ -241,6 +243,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--draws", type=int, default=3, help="draws of calibration text (and of random removal)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=8, help="calibration segments of 256 tokens, of --quality"
     )
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of 512 tokens")
     parser.add_argument(
