@@ -117,7 +117,7 @@ SETTINGS = {"samples": 8, "sample_length": 512, "quantize_head": "float32"}  # t
 
 
 @pytest.fixture(scope="module")
-def build(default_model_path: Path) -> BuildContext:
+def build(default_model_path: Path, documentation: Corpus) -> BuildContext:
     return context_of(default_model_path)
 
 
@@ -209,7 +209,7 @@ BASE_GRIDS = {
 
 
 @pytest.fixture(scope="module")
-def base() -> BuildContext:
+def base(documentation: Corpus) -> BuildContext:
     try:
         return context_of(resolve(BASE, allow_pull=False))
     except ModelError:

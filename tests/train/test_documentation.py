@@ -14,7 +14,7 @@ import transformers
 
 import hasten
 from hasten.core.corpus import Corpus, Document, split_of
-from hasten.core.errors import TrainingError
+from hasten.core.errors import IntegrityError, TrainingError
 from hasten.core.fetch import sha256_file
 from hasten.models import store
 from hasten.models.checkpoint import load_decoder, open_checkpoint
@@ -110,6 +110,14 @@ def test_an_interrupted_recipe_goes_on(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(documentation, "train_vocabulary", None)  # learnt already
     train(target, quiet=True)
     assert sha256_file(target / "model.safetensors") == sha256_file(folder / "model.safetensors")
+
+
+def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.partial" / "tokenizer.json"
+    file.parent.mkdir()
+    file.write_text("{")
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json is not a tokenizer .* delete it"):
+        train(tmp_path / "model", quiet=True)
 
 
 def test_progress_and_held_out_loss_are_shown(

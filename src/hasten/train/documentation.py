@@ -20,6 +20,7 @@ import torch
 
 from hasten import __version__
 from hasten.core.corpus import Corpus, Split, corpus
+from hasten.core.errors import IntegrityError
 from hasten.models.config import DecoderConfig, HeadShape, RopeSpec
 from hasten.models.decoder import Decoder
 from hasten.models.hf_export import save_decoder
@@ -107,7 +108,10 @@ def _vocabulary(recipe: Recipe, documentation: Corpus, file: Path) -> tokenizers
         temporary = file.with_name(file.name + ".writing")
         learnt.save(str(temporary))
         os.replace(temporary, file)
-    return tokenizers.Tokenizer.from_file(str(file))
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise IntegrityError(f"{file} is not a tokenizer ({error}); delete it and start again") from None
 
 
 def _tokens(documentation: Corpus, split: Split, vocabulary: tokenizers.Tokenizer) -> PackedTokens:
