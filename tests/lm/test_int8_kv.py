@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hasten.attention.flash_attention import FlashAttention
+from hasten.attention.hydragen import Hydragen
 from hasten.core.errors import ConflictError, SettingError
 from hasten.core.technique import Technique
 from hasten.lm.kvcache.format import PlainKV
@@ -57,6 +58,17 @@ def test_pages_are_shared_copied_and_preempted_without_a_trace(make_llm):
     assert preempted > 0
     assert answers()[0] == alone
     assert few == alone
+
+
+def test_shared_prefixes_are_read_together(make_llm):
+    shared = ids_of(60)
+    prompts = [[*shared, n, 2 * n] for n in range(5, 10)]
+    wanted = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    apart, together = (
+        [c.token_ids for c in make_llm(*use, kv_dtype="int8").generate(prompts, wanted)]
+        for use in ([], [Hydragen(min_prefix=8)])
+    )
+    assert together == apart
 
 
 def test_what_does_not_read_int8_pages_is_refused(make_llm):
