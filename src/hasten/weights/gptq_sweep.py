@@ -132,9 +132,7 @@ def _keep_two(w_KO: Tensor, cost_K: Tensor) -> Tensor:
     kept = []
     for score_QFO in parts:
         best_QHO = score_QFO.topk(-(-score_QFO.shape[1] // 2), dim=1).indices
-        kept.append(
-            torch.zeros_like(score_QFO, dtype=torch.bool).scatter_(1, best_QHO, True).flatten(0, 1)
-        )
+        kept.append(torch.zeros_like(score_QFO, dtype=torch.bool).scatter_(1, best_QHO, True).flatten(0, 1))
     return torch.cat(kept)
 
 
