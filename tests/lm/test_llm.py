@@ -25,6 +25,7 @@ from hasten.lm.batch import Job
 from hasten.lm.llm import LLM
 from hasten.lm.openai import ChatBody, TextBody
 from hasten.lm.request import Completion, FinishReason, SamplingParams
+from hasten.lm.runner import Runner
 
 
 def params(count: int = 6, **more) -> SamplingParams:
@@ -342,9 +343,8 @@ def test_scoring_text_and_bad_requests(llm, make_llm):
 
 
 def test_scoring_refuses_numbers_that_are_none(llm, monkeypatch):
-    decoder = llm._loaded.decoder
-    original = decoder.logits
-    monkeypatch.setattr(decoder, "logits", lambda x: original(x) * float("nan"))
+    original = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, chunks: original(self, chunks) * float("nan"))
     with pytest.raises(IntegrityError, match="not finite"):
         llm.score([5, 6, 7])
     idle(llm)

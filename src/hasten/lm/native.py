@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.attention.layout import KVPages, StepLayout
-from hasten.kernels.block import Block, Norms, Reading, Stack
+from hasten.kernels.block import Block, Norms, Reading, Stack, rms_norm
 from hasten.kernels.decode import Ends, Round, Selector
 from hasten.kernels.packed import Packed
 from hasten.lm.kvcache.format import KVFormat
@@ -94,6 +94,18 @@ def native_layers(decoder: Decoder) -> tuple[NativeLayer, ...] | None:
     if not all(weight.dtype is torch.float32 and weight.is_contiguous() for weight in norms):
         return None
     return tuple(NativeLayer(layer, decoder.config.norm_eps) for layer in layers)
+
+
+def native_logits(decoder: Decoder, x_TE: Tensor) -> Tensor:
+    """`Decoder.logits` with the norm that a `DecodeRound` uses: the same numbers, whichever way a step takes."""
+    weight_E = decoder.norm.weight.detach()
+    if weight_E.dtype is not torch.float32 or not weight_E.is_contiguous():
+        return decoder.logits(x_TE)
+    logits_TV: Tensor = decoder.lm_head(
+        rms_norm(x_TE.contiguous(), weight_E, decoder.config.norm_eps)
+    ).float()
+    cap = decoder.config.logit_softcap
+    return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap
 
 
 class NativeStack:

@@ -30,7 +30,7 @@ from hasten.kernels.block import Reading
 from hasten.kernels.decode import Selector
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.layers.hook import LayerHook
-from hasten.lm.native import DecodeRound, Layer, NativeStack, native_layers
+from hasten.lm.native import DecodeRound, Layer, NativeStack, native_layers, native_logits
 from hasten.models.decoder import Decoder
 
 _DENSE = Dense()
@@ -75,6 +75,7 @@ class Runner:
         self.policy = None if policy is None or type(policy) is DensePolicy else policy
         self.hooks = tuple(hooks)
         native = native_layers(decoder)
+        self.native = native is not None
         self.layers: Sequence[Layer] = native or tuple(decoder.layers)  # type: ignore[arg-type]
         self._stack: NativeStack | None = None
         if native and not self.hooks and cache.format.plain:
@@ -124,7 +125,8 @@ class Runner:
         row_R = step.logit_rows()
         if row_R.numel() == 0:
             return torch.empty(0, self.decoder.config.vocab_size)
-        return self.decoder.logits(x_TE if row_R.numel() == x_TE.shape[0] else x_TE[row_R])
+        x_RE = x_TE if row_R.numel() == x_TE.shape[0] else x_TE[row_R]
+        return native_logits(self.decoder, x_RE) if self.native else self.decoder.logits(x_RE)
 
     def _continue(self, last: DecodeRound, chunks: Sequence[Chunk]) -> Tensor | None:
         """Logits of a step that goes on where the last one was; None if it does not."""

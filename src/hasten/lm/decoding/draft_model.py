@@ -303,6 +303,8 @@ class ModelDrafter(Drafter):
         """
         params, processor = chain.ask.params, chain.ask.processor
         logits_V = logits_W[: self.shared]
+        if bool(logits_V.isnan().any()):
+            return False
         if processor is not None or self.shared < self.vocabulary:
             logits_V = torch.full((self.vocabulary,), float("-inf"))
             logits_V[: self.shared] = logits_W[: self.shared]
@@ -310,15 +312,14 @@ class ModelDrafter(Drafter):
             processor.apply(logits_V, chain.token_ids)
         if params.temperature == 0:
             best, token = logits_V.max(0)
-            # Written so that NaN ends the draft too.
-            if not float((best - logits_V.logsumexp(0)).exp()) >= self.settings.min_confidence:
+            if float((best - logits_V.logsumexp(0)).exp()) < self.settings.min_confidence:
                 return False
             chain.token_ids.append(int(token))
             return True
         scaled_1V = (logits_V / params.temperature)[None]
         truncate(scaled_1V, [params])
         probs_V = torch.softmax(scaled_1V[0], -1)
-        if not float(probs_V.max()) >= self.settings.min_confidence:
+        if float(probs_V.max()) < self.settings.min_confidence:
             return False
         chain.token_ids.append(int(torch.multinomial(probs_V, 1, generator=chain.ask.generator)))
         chain.probs_V.append(probs_V)
