@@ -10,6 +10,7 @@ from cli_run import hasten
 from hasten.core.errors import ConflictError, IntegrityError, PlanError, RequestError, UnknownNameError
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
+from hasten.lm.runner import Runner
 
 TEXT = "The quick brown fox"
 
@@ -130,10 +131,8 @@ def test_use_replaces_what_the_plan_says(tmp_path, tiny_path):
 
 
 def test_logits_that_are_no_numbers_are_an_error(generate, monkeypatch):
-    from hasten.models.decoder import Decoder
-
-    original = Decoder.logits
-    monkeypatch.setattr(Decoder, "logits", lambda self, x: original(self, x) * float("nan"))
+    original = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, chunks: original(self, chunks) * float("nan"))
     for more in ([], ["--json"]):
         with pytest.raises(IntegrityError, match="not finite"):
             generate(TEXT, "--raw", *more)
