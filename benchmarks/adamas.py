@@ -36,8 +36,8 @@ from hasten.core.plan import Plan
 from hasten.core.technique import Technique
 from hasten.kernels import codes
 from hasten.lm.build import Loaded, load
+from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import SequenceKV
-from hasten.lm.runner import Chunk
 from hasten.measure.environment import BusyMonitor, machine, usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.text import Text

@@ -32,10 +32,11 @@ from hasten.attention.layout import AttentionSpec, HeadShape, KVPages, StepLayou
 from hasten.attention.policy import Dense
 from hasten.core.plan import Plan
 from hasten.lm.build import load
+from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import KVCache
 from hasten.lm.kvcache.format import PlainKV
 from hasten.lm.kvcache.prefix import NoPrefixStore
-from hasten.lm.runner import Chunk, Runner
+from hasten.lm.runner import Runner
 from hasten.measure.environment import BusyMonitor, machine, usable_cpus
 from hasten.measure.statistics import median_interval
 

@@ -25,11 +25,11 @@ import torch
 from hasten.core.artefact import ArtefactStore
 from hasten.core.plan import Plan
 from hasten.lm.build import Loaded
+from hasten.lm.chunk import Chunk
 from hasten.lm.decoding.draft_model import DraftModel
 from hasten.lm.decoding.prompt_lookup import PromptLookup
 from hasten.lm.decoding.speculate import Drafter
 from hasten.lm.request import Speculation
-from hasten.lm.runner import Chunk
 from hasten.measure.environment import BusyMonitor, machine, usable_cpus
 from hasten.measure.statistics import MIN_PAIRS, median_interval
 from hasten.models.context import BuildContext

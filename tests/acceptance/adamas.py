@@ -20,10 +20,10 @@ from hasten.core.errors import UnsupportedError
 from hasten.core.plan import Plan
 from hasten.kernels import codes
 from hasten.kernels.reference import codes as reference
+from hasten.lm.chunk import Chunk
 from hasten.lm.llm import LLM
 from hasten.lm.native import DecodeRound
 from hasten.lm.request import SamplingParams
-from hasten.lm.runner import Chunk
 from hasten.models.checkpoint import open_checkpoint
 from hasten.models.context import BuildContext
 from hasten.workloads.passkey import passkeys

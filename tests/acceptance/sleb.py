@@ -22,11 +22,11 @@ from hasten.core.corpus import Corpus
 from hasten.core.plan import Plan
 from hasten.core.technique import Technique
 from hasten.lm.build import Loaded, load, make_cache
+from hasten.lm.chunk import Chunk
 from hasten.lm.layers.hook import LayerHook
 from hasten.lm.layers.sleb import SLEB, Search, greedy
 from hasten.lm.layers.sleb_losses import BlockLosses, Losses
 from hasten.lm.llm import LLM
-from hasten.lm.runner import Chunk
 from hasten.lm.settings import EngineSettings
 from hasten.models.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from hasten.models.context import BuildContext

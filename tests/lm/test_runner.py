@@ -6,11 +6,12 @@ import torch
 from hasten.attention.kernel import AttentionKernel
 from hasten.attention.policy import AttentionPolicy, Dense, SidecarSpec, TokenSelection
 from hasten.core.errors import UnsupportedError
+from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.kvcache.format import PlainKV
 from hasten.lm.kvcache.prefix import NoPrefixStore
 from hasten.lm.layers.hook import LayerHook
-from hasten.lm.runner import Chunk, Runner
+from hasten.lm.runner import Runner
 from hasten.models.decoder import CausalAttend
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hasten.attention.pieces import depths
 from hasten.core.errors import IntegrityError, RequestError
+from hasten.lm.chunk import Chunk
 from hasten.lm.context.transform import Prompt, PromptTransform
 from hasten.lm.decoding.rounds import ask, take, verify
 from hasten.lm.decoding.speculate import Ask, Drafter, ExactVerifier, Verifier
@@ -25,7 +26,7 @@ from hasten.lm.intake import Given, Intake
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.processors import LogitProcessor, needs_processor
 from hasten.lm.request import Delta, FinishReason, Ledger, SamplingParams, Speculation, TokenLogprob
-from hasten.lm.runner import Chunk, Runner
+from hasten.lm.runner import Runner
 from hasten.lm.sampler import generator_for, non_finite_rows, sample, token_logprobs
 from hasten.lm.scheduling.scheduler import Scheduler, Work
 from hasten.lm.sequence import Request, Sequence, Status

@@ -10,7 +10,7 @@ Legend: T rows, E hidden size, H query heads, G kv heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,11 @@ from hasten.attention.layout import KVPages, StepLayout
 from hasten.kernels.block import Block, Norms, Reading, Stack, rms_norm
 from hasten.kernels.decode import Ends, Round, Selector
 from hasten.kernels.packed import Packed
+from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.format import KVFormat
 from hasten.models.checkpoint import QuantEmbedding
 from hasten.models.decoder import LAYER_LINEARS, Attend, Decoder, DecoderLayer
 from hasten.weights.packed import KernelLinear
-
-if TYPE_CHECKING:
-    from hasten.lm.runner import Chunk
 
 
 class Layer(Protocol):

@@ -14,7 +14,6 @@ Legend: T rows of the step, S sequences, E hidden size, H query heads, G kv head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,31 +27,13 @@ from hasten.attention.policy import AttentionPolicy, Dense, DensePolicy
 from hasten.core.errors import UnsupportedError
 from hasten.kernels.block import Reading
 from hasten.kernels.decode import Selector
+from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.layers.hook import LayerHook
 from hasten.lm.native import DecodeRound, Layer, NativeStack, native_layers, native_logits
 from hasten.models.decoder import Decoder
 
 _DENSE = Dense()
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive tokens of one sequence to run: a prefill chunk, a decode token, a draft, or a range to recompute.
-
-    start: index of the first token in the sequence; tokens before it are cached, slots are reserved.
-    positions: rotary positions of the tokens; logits: how many of the last rows need logits (0: none).
-    embeddings_TE: rows to use instead of the embeddings of the chunk's first tokens.
-    tree: parents of the last tokens, if they are nodes of a tree (`StepLayout.trees`); runs only where `Runner.trees`.
-    """
-
-    kv: SequenceKV
-    start: int
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-    logits: int
-    embeddings_TE: Tensor | None = None
-    tree: tuple[int, ...] = ()
 
 
 class Runner:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import IntegrityError, RequestError
+from hasten.lm.chunk import Chunk
 from hasten.lm.engine import Engine
 from hasten.lm.interrupt import deferred_interrupt
 from hasten.lm.kvcache.cache import SequenceKV
 from hasten.lm.request import Score
-from hasten.lm.runner import Chunk
 
 Mode = Literal["prefill", "decode"]
 

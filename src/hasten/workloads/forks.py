@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from hasten.core.errors import IntegrityError, RequestError
+from hasten.lm.chunk import Chunk
 from hasten.lm.engine import Engine
 from hasten.lm.kvcache.cache import SequenceKV
 from hasten.lm.request import Score
-from hasten.lm.runner import Chunk
 
 
 def score_forks(

@@ -251,7 +251,7 @@ class ModelDrafter(Drafter):
 
     def _read(self, chains: Sequence[_Chain]) -> tuple[Tensor, list[_Chain]]:
         """Run what is not cached yet, within the rows of a step: (logits_RW, the chain that each row continues)."""
-        from hasten.lm.runner import Chunk
+        from hasten.lm.chunk import Chunk
 
         chunks, ready, room = [], [], self.room
         for chain in sorted(chains, key=lambda c: len(c.ask.token_ids) - c.kv.length):
@@ -282,7 +282,7 @@ class ModelDrafter(Drafter):
 
     def _draft(self, chains: list[_Chain], logits_RW: Tensor) -> None:
         """Add tokens to the chains, one a pass, until each is at its limit or unsure."""
-        from hasten.lm.runner import Chunk
+        from hasten.lm.chunk import Chunk
 
         while chains:
             going = [(chain, row) for row, chain in enumerate(chains) if self._add(chain, logits_RW[row])]
