@@ -214,14 +214,7 @@ def main() -> None:
     monitor = BusyMonitor()
     monitor.start()
     checkpoint = open_checkpoint(resolve(args.model))
-    context = BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(Path("unused"), checkpoint.fingerprint),
-    )
+    context = BuildContext.of(checkpoint, Path("unused"))
     reference = make_reference(context, args.held_out, 512)
     result: dict[str, Any] = {
         "machine": machine(args.threads, usable_cpus()).to_dict(),

@@ -205,14 +205,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     from hasten.weights.marlin import Marlin
 
     checkpoint = open_checkpoint(resolve(options.model))
-    context = BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(Path("unused"), checkpoint.fingerprint),
-    )
+    context = BuildContext.of(checkpoint, Path("unused"))
     reference = make_reference(context, options.held_out, 512)
     plain: dict[str, Any] = {"act_order": False, "clip": False, "varying": False, "percdamp": 0.01}
     cases: dict[str, dict[str, Any]] = {

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from benchmarks.hydragen import rounds_of
 from hasten.core import paths
-from hasten.core.artefact import ArtefactStore
 from hasten.core.corpus import corpus
 from hasten.kernels.native import level
 from hasten.kernels.packed import Packed
@@ -180,14 +179,7 @@ def perplexity(decoder: Decoder, token_ids_NL: Tensor) -> float:
 
 def quality_part(names: list[str], model: str, samples: int, held_out: int) -> dict[str, Any]:
     checkpoint = open_checkpoint(resolve(model))
-    context = BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(paths.home() / "artefacts", checkpoint.fingerprint),
-    )
+    context = BuildContext.of(checkpoint, paths.home() / "artefacts")
     documents = corpus().documents("test")
     token_ids_NL = draw_segments(
         [len(document.text) for document in documents],

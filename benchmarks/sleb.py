@@ -31,7 +31,6 @@ from torch import Tensor
 
 from hasten import workloads
 from hasten.core import paths
-from hasten.core.artefact import ArtefactStore
 from hasten.core.plan import Plan
 from hasten.lm.layers.sleb import SLEB, Removal, Search
 from hasten.lm.llm import LLM
@@ -53,14 +52,7 @@ SENSITIVITY = {"1k": (4, 256), "2k": (8, 256), "2k long": (4, 512), "8k": (32, 2
 def context_of(model: str) -> BuildContext:
     """The model with its artefacts where the engine keeps them."""
     checkpoint = open_checkpoint(resolve(model))
-    return BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.bfloat16,
-        artefacts=ArtefactStore(paths.home() / "artefacts", checkpoint.fingerprint),
-    )
+    return BuildContext.of(checkpoint, paths.home() / "artefacts", kv_dtype=torch.bfloat16)
 
 
 # -- quality ------------------------------------------------------------------------------------------------------

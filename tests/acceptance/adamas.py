@@ -15,7 +15,6 @@ import torch
 from hasten.attention.adamas import SIDECAR, Adamas, AdamasPolicy
 from hasten.attention.calibration import capture
 from hasten.attention.quest import Quest, QuestPolicy
-from hasten.core.artefact import ArtefactStore
 from hasten.core.errors import UnsupportedError
 from hasten.core.plan import Plan
 from hasten.kernels import codes
@@ -174,15 +173,7 @@ def test_choices_of_one_request_that_fork_agree_with_separate_runs(tiny):
 
 def test_calibration_is_kept_and_deterministic(tiny, tmp_path):
     checkpoint = open_checkpoint(tiny)
-    context = BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=torch.float32,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(tmp_path, "tiny"),
-        calibration=prompts(3),
-    )
+    context = BuildContext.of(checkpoint, tmp_path, weight_dtype=torch.float32, calibration=prompts(3))
     first = Adamas().provide("attention_policy", context)
     again = Adamas().provide("attention_policy", context)
     assert first.cut_k == again.cut_k
@@ -307,14 +298,7 @@ def test_passkeys_that_dense_finds_are_found(llm):
 def test_recall_of_the_top_64_is_at_least_quest_s(default_model_path, long_ids, tmp_path):
     ids = long_ids[:2048]
     checkpoint = open_checkpoint(default_model_path)
-    context = BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(tmp_path, "model"),
-    )
+    context = BuildContext.of(checkpoint, tmp_path)
     q_LTHD, k_LTGD = capture(context, ids)
     shape, rows = checkpoint.config.shape, torch.arange(len(ids) - 64, len(ids), 8)
     for budget in (128, 256, 512):

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hasten.core import paths
-from hasten.core.artefact import ArtefactStore
 from hasten.core.corpus import Corpus
 from hasten.core.errors import ModelError
 from hasten.models.checkpoint import LinearSource, load_decoder, open_checkpoint
@@ -124,14 +123,7 @@ def build(default_model_path: Path, documentation: Corpus) -> BuildContext:
 def context_of(path: Path) -> BuildContext:
     """A model with its artefacts where the engine keeps them, so that they are calibrated once."""
     checkpoint = open_checkpoint(path)
-    return BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(paths.home() / "artefacts", checkpoint.fingerprint),
-    )
+    return BuildContext.of(checkpoint, paths.home() / "artefacts")
 
 
 @pytest.fixture(scope="module")

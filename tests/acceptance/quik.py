@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hasten.core import paths
-from hasten.core.artefact import ArtefactStore
 from hasten.core.corpus import Corpus
 from hasten.kernels.quik import quantizations
 from hasten.lm.llm import LLM
@@ -143,14 +142,7 @@ SETTINGS = {"samples": 8, "sample_length": 512, "quantize_head": "float32"}  # t
 def build(default_model_path: Path, documentation: Corpus) -> BuildContext:
     """The default model with its artefacts where the engine keeps them."""
     checkpoint = open_checkpoint(default_model_path)
-    return BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(paths.home() / "artefacts", checkpoint.fingerprint),
-    )
+    return BuildContext.of(checkpoint, paths.home() / "artefacts")
 
 
 def held_out(build: BuildContext, documentation: Corpus, samples: int) -> Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hasten.core import paths
-from hasten.core.artefact import ArtefactStore
 from hasten.core.corpus import Corpus
 from hasten.core.plan import Plan
 from hasten.core.technique import Technique
@@ -101,15 +100,7 @@ def logits(loaded: Loaded, ids: Sequence[int], sizes: Sequence[int]) -> Tensor:
 
 
 def context_of(checkpoint: Checkpoint, folder: Path, calibration: Any = None) -> BuildContext:
-    return BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.bfloat16,
-        artefacts=ArtefactStore(folder, checkpoint.fingerprint),
-        calibration=calibration,
-    )
+    return BuildContext.of(checkpoint, folder, kv_dtype=torch.bfloat16, calibration=calibration)
 
 
 # 1 --------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from hasten.catalog import loader
-from hasten.core.artefact import ArtefactStore
 from hasten.core.slots import SLOTS
 from hasten.lm.llm import LLM
 from hasten.models.checkpoint import open_checkpoint
@@ -102,15 +101,7 @@ def calibration() -> list[list[int]]:
 @pytest.fixture
 def context(model: Path, calibration: list[list[int]], tmp_path: Path) -> BuildContext:
     checkpoint = open_checkpoint(model)
-    return BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=torch.float32,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(tmp_path, checkpoint.fingerprint),
-        calibration=calibration,
-    )
+    return BuildContext.of(checkpoint, tmp_path, weight_dtype=torch.float32, calibration=calibration)
 
 
 @pytest.fixture(scope="session")

@@ -40,15 +40,7 @@ def deep_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def context_of(path: Path, folder: Path, calibration: list[list[int]] | None = TEXT) -> BuildContext:
     checkpoint = open_checkpoint(path)
-    return BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=torch.float32,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(folder, checkpoint.fingerprint),
-        calibration=calibration,
-    )
+    return BuildContext.of(checkpoint, folder, weight_dtype=torch.float32, calibration=calibration)
 
 
 @pytest.fixture

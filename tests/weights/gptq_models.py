@@ -11,7 +11,6 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from hasten.core.artefact import ArtefactStore
 from hasten.models.checkpoint import open_checkpoint
 from hasten.models.config import DecoderConfig, HeadShape, RopeSpec
 from hasten.models.context import BuildContext
@@ -64,12 +63,5 @@ def random_documents(count: int = 4, length: int = 60, seed: int = 3) -> list[li
 def context(folder: Path, calibration: Sequence[Sequence[int]] | None = None) -> BuildContext:
     """The build context of a model folder, artefacts beside it; its own random calibration data by default."""
     checkpoint = open_checkpoint(folder)
-    return BuildContext(
-        config=checkpoint.config,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.tokenizer(),
-        weight_dtype=None,
-        kv_dtype=torch.float32,
-        artefacts=ArtefactStore(folder.parent / "artefacts", checkpoint.fingerprint),
-        calibration=random_documents() if calibration is None else calibration,
-    )
+    given = random_documents() if calibration is None else calibration
+    return BuildContext.of(checkpoint, folder.parent / "artefacts", calibration=given)

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hasten.core.artefact import ArtefactStore
+
 if TYPE_CHECKING:
-    from hasten.core.artefact import ArtefactStore
+    from pathlib import Path
+
     from hasten.models.checkpoint import Checkpoint
     from hasten.models.config import DecoderConfig
     from hasten.models.tokenizer import Tokenizer
@@ -34,3 +37,24 @@ class BuildContext:
     artefacts: ArtefactStore
     seed: int = 0
     calibration: Sequence[Sequence[int]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        artefacts: Path,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype = torch.float32,
+        calibration: Sequence[Sequence[int]] | None = None,
+    ) -> BuildContext:
+        """The context of a checkpoint outside an engine. artefacts: the folder that holds those of all models."""
+        return cls(
+            config=checkpoint.config,
+            checkpoint=checkpoint,
+            tokenizer=checkpoint.tokenizer(),
+            weight_dtype=weight_dtype,
+            kv_dtype=kv_dtype,
+            artefacts=ArtefactStore(artefacts, checkpoint.fingerprint),
+            calibration=calibration,
+        )
