@@ -21,6 +21,7 @@ from hasten.core.errors import ArtefactError, IntegrityError, SettingError, Unkn
 from hasten.core.plan import Plan
 from hasten.models.checkpoint import load_decoder, open_checkpoint
 from hasten.models.decoder import LAYER_LINEARS
+from hasten.weights import calibrate_work
 from hasten.weights import gptq as module
 from hasten.weights.calibrate import calibrate
 from hasten.weights.calibrate_work import WorkFolder
@@ -119,7 +120,7 @@ def test_the_artefact_is_built_once(model, monkeypatch):
         *(f"block-{i:03d}.safetensors" for i in range(3)),
     }
     assert not [p for p in folder.parent.iterdir() if p.name.endswith(".work")]
-    monkeypatch.setattr(module, "calibrate", lambda *_a, **_k: pytest.fail("calibrated again"))
+    monkeypatch.setattr(calibrate_work, "calibrate", lambda *_a, **_k: pytest.fail("calibrated again"))
     assert settings.prepare(context(model)) == folder
     assert GPTQ(**QUICK, quantize_head="float32").prepare(context(model)) == folder
     made_from = settings.made_from(context(model))
@@ -179,7 +180,7 @@ GPTQ(**{QUICK!r}).prepare(context(Path({str(model)!r})))
 
 def test_two_at_once_give_one_artefact(model, monkeypatch):
     runs, found = [], []
-    monkeypatch.setattr(module, "calibrate", lambda *a, **k: runs.append(1) or calibrate(*a, **k))
+    monkeypatch.setattr(calibrate_work, "calibrate", lambda *a, **k: runs.append(1) or calibrate(*a, **k))
     threads = [
         threading.Thread(target=lambda: found.append(GPTQ(**QUICK).prepare(context(model)))) for _ in range(2)
     ]

@@ -11,31 +11,21 @@ Legend: N samples, L tokens of a sample, I inputs, O outputs, G groups.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hasten.core.errors import ArtefactError, UnsupportedError
-from hasten.core.fetch import locked
+from hasten.core.errors import UnsupportedError
 from hasten.core.technique import Technique
-from hasten.weights.calibrate import (
-    BlockMethod,
-    FixedLinear,
-    LinearReport,
-    SourceLinear,
-    calibrate,
-)
-from hasten.weights.calibrate_data import calibration_name, calibration_segments
-from hasten.weights.calibrate_work import WorkFolder, progress_bar
+from hasten.weights.calibrate import FixedLinear, LinearReport
+from hasten.weights.calibrate_data import calibration_segments
+from hasten.weights.calibrate_work import BlockFiles, KeptMethod, WorkFolder, made_from, prepare_blocks
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
 from hasten.weights.gptq_files import save_gptq, stored_gptq, stored_linear
 from hasten.weights.gptq_grid import TERNARY, Grid, make_grid
@@ -121,7 +111,7 @@ class GPTQ(Technique):
     def made_from(self, context: BuildContext) -> dict[str, Any]:
         """What the artefact depends on besides the model: settings, calibration data, version of the algorithm."""
         settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in _NOT_IN_ARTEFACT}
-        return {"version": VERSION, "settings": settings, "calibration": calibration_name(context)}
+        return made_from(context, VERSION, settings)
 
     def prepare(self, context: BuildContext) -> Path:
         """The artefact's folder, quantising the model first if there is none. Shows progress; resumes after a kill.
@@ -129,17 +119,18 @@ class GPTQ(Technique):
         Raises `SettingError` (no or too short calibration data), `IntegrityError` (NaN in weights or activations),
         `UnsupportedError` (a Hessian that cannot be factorised), `ArtefactError` (a damaged artefact).
         """
-        made_from, store = self.made_from(context), context.artefacts
-        found = store.find(self.slug, made_from)
-        if found is not None:
-            return found
-        store.root.mkdir(parents=True, exist_ok=True)
-        target = store.path(self.slug, made_from)
-        work = store.root / f".{target.name}.work"
-        with locked(work, f"{self.slug} calibration", Console(stderr=True)):
-            built = store.build(self.slug, made_from, lambda folder: self._build(context, work, folder))
-            shutil.rmtree(work, ignore_errors=True)
-        return built
+        return prepare_blocks(
+            context,
+            self.slug,
+            self.label(),
+            self.made_from(context),
+            lambda work: GPTQMethod(self, work),
+            lambda: self.calibration_tokens(context),
+            lambda token_ids_NL: {
+                "true_sequential": self.true_sequential,
+                "lengths_N": self.calibration_lengths(token_ids_NL),
+            },
+        )
 
     def save(self, context: BuildContext, folder: Path | str) -> Path:
         """Quantise (or load the artefact) and write a Hugging Face folder with GPTQ weights; see `save_gptq`."""
@@ -154,34 +145,14 @@ class GPTQ(Technique):
         """The calibration segments, int64 [samples, sample_length]: the caller's data, else the corpus's split."""
         return calibration_segments(context, self.samples, self.sample_length, self.seed)
 
-    def _build(self, context: BuildContext, work: Path, folder: Path) -> None:
-        from hasten.models.checkpoint import load_decoder
 
-        token_ids_NL = self.calibration_tokens(context)
-        decoder = load_decoder(context.checkpoint, pack=SourceLinear)
-        method = GPTQMethod(self, WorkFolder(work))
-        with progress_bar(f"{self.label()}: quantising", context.config.num_layers) as advance:
-            calibrate(
-                decoder,
-                token_ids_NL,
-                method,
-                true_sequential=self.true_sequential,
-                keep=False,
-                lengths_N=self.calibration_lengths(token_ids_NL),
-                progress=advance,
-            )
-        for index in range(context.config.num_layers):
-            os.replace(method.work.file(index), folder / method.work.file(index).name)
-
-
-class GPTQMethod(BlockMethod):
-    """GPTQ as a method of the calibration driver; keeps every block in ``work`` as it is finished."""
+class GPTQMethod(KeptMethod):
+    """GPTQ as a method of the calibration driver."""
 
     def __init__(self, settings: GPTQ, work: WorkFolder) -> None:
+        super().__init__(work)
         self.settings = settings
         self.grid = settings.grid()
-        self.work = work
-        self._tensors: dict[str, Tensor] = {}
 
     def statistic(self, name: str, linear: nn.Module) -> Hessian:
         return Hessian(linear.weight.shape[1])
@@ -196,9 +167,9 @@ class GPTQMethod(BlockMethod):
             self.settings.group,
             **self.settings.sweep_options(),
         )
-        self._tensors |= to_tensors(name, weight)
+        self.tensors |= to_tensors(name, weight)
         if linear.bias is not None:  # so that a resumed run can go through this block
-            self._tensors[f"{name}.bias"] = linear.bias
+            self.tensors[f"{name}.bias"] = linear.bias
         detail = {"loss": report.loss, "percdamp": report.percdamp, "dead": report.dead}
         seconds = time.perf_counter() - started
         return (
@@ -215,14 +186,6 @@ class GPTQMethod(BlockMethod):
             n: FixedLinear(from_tensors(n, tensors, self.grid).dequantize(), tensors.get(f"{n}.bias"))
             for n in names
         }
-
-    def save(self, index: int, reports: Sequence[LinearReport]) -> None:
-        lines = [
-            {"name": r.name, "error": r.error, "rtn_error": r.reference, "seconds": r.seconds, **r.detail}
-            for r in reports
-        ]
-        self.work.save(index, self._tensors, {"reports": json.dumps(lines)})
-        self._tensors = {}
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
@@ -244,8 +207,7 @@ class GPTQFormat(WeightFormat):
         self.stored = stored_gptq(context.checkpoint)
         if self.stored is not None:
             self._agree()
-        self._folder: Path | None = None
-        self._files: dict[str, Any] = {}
+        self._blocks = BlockFiles(lambda: settings.prepare(context))
 
     def _agree(self) -> None:
         """Settings that were spelled out must be those of the stored weights; defaults give way to them."""
@@ -265,20 +227,7 @@ class GPTQFormat(WeightFormat):
 
     def weight(self, name: str) -> QuantizedWeight:
         """The quantised weight of a linear inside a block, from the artefact, which is built if there is none."""
-        if self._folder is None:
-            self._folder = self.settings.prepare(self.context)
-        file = f"block-{int(name.split('.')[1]):03d}.safetensors"
-        if file not in self._files:
-            self._files = {
-                file: safe_open(self._folder / file, framework="pt")
-            }  # one at a time: blocks come in order
-        stored = self._files[file]
-        tensors = {key: stored.get_tensor(key) for key in stored.keys() if key.startswith(f"{name}.")}  # noqa: SIM118
-        if not tensors:
-            raise ArtefactError(
-                f"{self._folder / file} holds no {name}; delete the folder and prepare it again"
-            )
-        return from_tensors(name, tensors, self.settings.grid())
+        return from_tensors(name, self._blocks.tensors(name), self.settings.grid())
 
     def pack(self, source: LinearSource) -> PackedLinear:
         """The packed linear. Raises `UnsupportedError` for shapes the packed kernels cannot hold."""

@@ -186,8 +186,7 @@ def sweep(
     clip: search every group's range (`UniformGrid.fit`). two_of_four: prune (see the top of the file).
     Raises `IntegrityError` on NaN, `UnsupportedError` when shapes do not match.
     """
-    _check(w_OI, group_size, blocksize)
-    inputs = w_OI.shape[1]
+    inputs = w_OI.shape[-1]
     group = inputs if group_size is None else min(group_size, inputs)
     if two_of_four and perm_I is not None:
         raise SettingError("2:4 sparse weights are swept in order: four neighbours must come together")

@@ -8,37 +8,23 @@ Legend: N samples, L tokens of a sample, I inputs, O outputs, K base features, F
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from rich.console import Console
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from hasten.core.corpus import recipe
 from hasten.core.errors import ArtefactError
-from hasten.core.fetch import locked
 from hasten.core.technique import Technique
-from hasten.weights.calibrate import (
-    BlockMethod,
-    FixedLinear,
-    LinearReport,
-    SourceLinear,
-    calibrate,
-)
-from hasten.weights.calibrate_data import token_digest
-from hasten.weights.calibrate_work import WorkFolder, progress_bar
+from hasten.weights.calibrate import FixedLinear, LinearReport
+from hasten.weights.calibrate_data import calibration_segments
+from hasten.weights.calibrate_work import BlockFiles, KeptMethod, WorkFolder, made_from, prepare_blocks
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
-from hasten.weights.gptq import GPTQ
 from hasten.weights.gptq_pack import pack_dense, pack_head
 from hasten.weights.quik_linear import QuikLinear, from_tensors, to_tensors
 from hasten.weights.quik_sweep import (
@@ -158,11 +144,7 @@ class QUIK(Technique):
     def made_from(self, context: BuildContext) -> dict[str, Any]:
         """What the artefact depends on besides the model: settings, calibration data, version of the algorithm."""
         settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in _NOT_IN_ARTEFACT}
-        if context.calibration is not None:
-            data = "tokens " + token_digest(context.calibration)
-        else:
-            data = f"corpus {recipe()['content_sha256']}"
-        return {"version": VERSION, "settings": settings, "calibration": data}
+        return made_from(context, VERSION, settings)
 
     def prepare(self, context: BuildContext) -> Path:
         """The artefact's folder, quantising the model first if there is none. Shows progress; resumes after a kill.
@@ -170,44 +152,29 @@ class QUIK(Technique):
         Raises `SettingError` (no or too short calibration data), `IntegrityError` (NaN in weights or activations),
         `UnsupportedError` (a Hessian that cannot be factorised), `ArtefactError` (a damaged artefact).
         """
-        made_from, store = self.made_from(context), context.artefacts
-        found = store.find(self.slug, made_from)
-        if found is not None:
-            return found
-        store.root.mkdir(parents=True, exist_ok=True)
-        target = store.path(self.slug, made_from)
-        work = store.root / f".{target.name}.work"
-        with locked(work, f"{self.slug} calibration", Console(stderr=True)):
-            built = store.build(self.slug, made_from, lambda folder: self._build(context, work, folder))
-            shutil.rmtree(work, ignore_errors=True)
-        return built
+        return prepare_blocks(
+            context,
+            self.slug,
+            self.label(),
+            self.made_from(context),
+            lambda work: QuikMethod(self, context.config.hidden_size, work),
+            lambda: self.calibration_tokens(context),
+        )
 
     def calibration_tokens(self, context: BuildContext) -> Tensor:
-        """The calibration segments, int64 [samples, sample_length]; see `GPTQ.calibration_tokens`."""
-        drawn = GPTQ(samples=self.samples, sample_length=self.sample_length, seed=self.seed)
-        return drawn.calibration_tokens(context)
-
-    def _build(self, context: BuildContext, work: Path, folder: Path) -> None:
-        from hasten.models.checkpoint import load_decoder
-
-        token_ids_NL = self.calibration_tokens(context)
-        decoder = load_decoder(context.checkpoint, pack=SourceLinear)
-        method = QuikMethod(self, context.config.hidden_size, WorkFolder(work))
-        with progress_bar(f"{self.label()}: quantising", context.config.num_layers) as advance:
-            calibrate(decoder, token_ids_NL, method, keep=False, progress=advance)
-        for index in range(context.config.num_layers):
-            os.replace(method.work.file(index), folder / method.work.file(index).name)
+        """The calibration segments, int64 [samples, sample_length]; see `calibration_segments`."""
+        return calibration_segments(context, self.samples, self.sample_length, self.seed)
 
 
-class QuikMethod(BlockMethod):
-    """QUIK as a method of the calibration driver; keeps every block in ``work`` as it is finished.
+class QuikMethod(KeptMethod):
+    """QUIK as a method of the calibration driver.
 
     Replaced linears round their inputs as they will in use, so later linears are fitted to those errors too.
     """
 
     def __init__(self, settings: QUIK, hidden: int, work: WorkFolder) -> None:
-        self.settings, self.hidden, self.work = settings, hidden, work
-        self._tensors: dict[str, Tensor] = {}
+        super().__init__(work)
+        self.settings, self.hidden = settings, hidden
 
     def statistic(self, name: str, linear: nn.Module) -> OutlierStatistic:
         return OutlierStatistic(linear.weight.shape[1])
@@ -221,10 +188,10 @@ class QuikMethod(BlockMethod):
         want = settings.precision(name, inputs, self.hidden)
         detail: dict[str, float] = {"bits": want.bits, "largest": float(statistic.largest_I.max())}
         if linear.bias is not None:  # so that a resumed run can go through this block
-            self._tensors[f"{name}.bias"] = linear.bias
+            self.tensors[f"{name}.bias"] = linear.bias
         if want.bits == DENSE:
             weight_OI = linear.weight.to(torch.bfloat16)
-            self._tensors[f"{name}.dense"] = weight_OI
+            self.tensors[f"{name}.dense"] = weight_OI
             seconds = time.perf_counter() - started
             return FixedLinear(weight_OI.float(), linear.bias), LinearReport(name, 0.0, 0.0, seconds, detail)
         outlier_F = outlier_features(statistic.largest_I, want.outliers, want.threshold)
@@ -246,7 +213,7 @@ class QuikMethod(BlockMethod):
         else:
             weight = round_mixed(linear.weight, outlier_F, want.bits, mse=settings.clip)
             error = reference = relative_error(linear.weight, weight, statistic.matrix_II)
-        self._tensors |= to_tensors(name, weight)
+        self.tensors |= to_tensors(name, weight)
         seconds = time.perf_counter() - started
         return self._module(weight, linear.bias), LinearReport(name, error, reference, seconds, detail)
 
@@ -269,42 +236,23 @@ class QuikMethod(BlockMethod):
             )
         return modules
 
-    def save(self, index: int, reports: Sequence[LinearReport]) -> None:
-        lines = [
-            {"name": r.name, "error": r.error, "rtn_error": r.reference, "seconds": r.seconds, **r.detail}
-            for r in reports
-        ]
-        self.work.save(index, self._tensors, {"reports": json.dumps(lines)})
-        self._tensors = {}
-
 
 class QuikFormat(WeightFormat):
     """Packs linears from the artefact, which is built if there is none."""
 
     def __init__(self, settings: QUIK, context: BuildContext) -> None:
-        self.settings, self.context = settings, context
-        self._folder: Path | None = None
-        self._tensors: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The artefact's tensors of the block that a linear belongs to."""
-        if self._folder is None:
-            self._folder = self.settings.prepare(self.context)
-        file = f"block-{int(name.split('.')[1]):03d}.safetensors"
-        if self._tensors[0] != file:  # one at a time: blocks come in order
-            with safe_open(self._folder / file, framework="pt") as stored:
-                self._tensors = (file, {key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
-        return self._tensors[1]
+        self.settings = settings
+        self._blocks = BlockFiles(lambda: settings.prepare(context))
 
     def pack(self, source: LinearSource) -> PackedLinear:
         """The packed linear. Raises `UnsupportedError` for shapes that the kernels cannot hold."""
         if source.name == "lm_head":
             return pack_head(source, self.settings.quantize_head)
-        tensors = self.tensors(source.name)
+        tensors = self._blocks.tensors(source.name)
         if f"{source.name}.dense" in tensors:
             return pack_dense(source, torch.bfloat16)
         weight = from_tensors(source.name, tensors)
-        if weight.dequantize().shape != (source.outputs, source.inputs):
+        if weight.shape != (source.outputs, source.inputs):
             raise ArtefactError(
                 f"the artefact's {source.name} does not fit the model; delete it and prepare it again"
             )

@@ -83,10 +83,15 @@ class MixedWeight:
     outlier_F: Tensor
     outlier_OF: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return self.codes_OK.shape[0], self.codes_OK.shape[1] + self.outlier_F.numel()
+
     def dequantize(self) -> Tensor:
         """The exact float32 weight [O, I]."""
-        inputs = self.codes_OK.shape[1] + self.outlier_F.numel()
-        weight_OI = torch.empty(self.codes_OK.shape[0], inputs)
+        outputs, inputs = self.shape
+        weight_OI = torch.empty(outputs, inputs)
         weight_OI[:, _base(inputs, self.outlier_F)] = (
             self.codes_OK.float() - (1 << (self.bits - 1))
         ) * self.scale_O[:, None]
