@@ -191,8 +191,7 @@ std::vector<std::int64_t> decode_step(const nb::capsule& handle, const std::vect
   bool found;
   {
     nb::gil_scoped_release release;
-    if (rotary.size() < total) rotary.resize(total);
-    float* at = rotary.data();
+    float* at = grown(rotary, total);
     for (const auto& [cos, sin, rotated, count] : ropes) {
       const auto width = static_cast<std::size_t>(rotated);
       for (std::size_t i = 0; i < rows; ++i) {
@@ -205,8 +204,7 @@ std::vector<std::int64_t> decode_step(const nb::capsule& handle, const std::vect
     }
     for (std::size_t i = 0; i < r.works.size(); ++i) attend::move(r.works[i], length.data(), r.windows[i]);
     const auto hidden = static_cast<std::size_t>(ends.hidden);
-    if (x_memory.size() < rows * hidden) x_memory.resize(rows * hidden);
-    float* x = x_memory.data();
+    float* x = grown(x_memory, rows * hidden);
     for (std::size_t i = 0; i < rows; ++i) ends.embed(id[i], x + i * hidden);
     const Choosing choosing{r.selectors, r.table.data(), r.length.data(), r.width, shortest};
     found = run_stack(stack, x, r.rows, slot.data(), tables, r.reads, r.selectors.empty() ? nullptr : &choosing);

@@ -10,6 +10,13 @@
 
 namespace hasten {
 
+// Memory of at least `count` elements, which stays with its owner for the next step.
+template <typename T>
+T* grown(std::vector<T>& memory, std::size_t count) {
+  if (memory.size() < count) memory.resize(count);
+  return memory.data();
+}
+
 struct Stack {
   struct Layer {
     const Block* block;

@@ -51,16 +51,6 @@ void check_reads(const Stack& stack, const std::vector<Read>& reads, int rows) {
                            static_cast<int>(std::min<std::int64_t>(stack.pages, INT32_MAX)), stack.page);
 }
 
-namespace {
-
-template <typename T>
-T* grown(std::vector<T>& memory, std::size_t count) {
-  if (memory.size() < count) memory.resize(count);
-  return memory.data();
-}
-
-}  // namespace
-
 bool run_stack(const Stack& stack, float* x, int rows, const std::int64_t* slot, const std::vector<rope::Tables>& tables,
                const std::vector<Read>& reads, const Choosing* choosing) {
   static thread_local std::vector<float> qkv_memory, part_memory, lse_memory, out_memory;

@@ -20,7 +20,7 @@ from hasten.core.errors import IntegrityError, RequestError
 from hasten.lm.chunk import Chunk
 from hasten.lm.context.transform import Prompt, PromptTransform
 from hasten.lm.decoding.rounds import ask, take, verify
-from hasten.lm.decoding.speculate import Ask, Drafter, ExactVerifier, Verifier
+from hasten.lm.decoding.speculate import Drafter, ExactVerifier, Verifier
 from hasten.lm.decoding.stop import StopPolicy
 from hasten.lm.intake import Given, Intake
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
@@ -232,7 +232,8 @@ class Engine:
         if drafter is None:
             return ()
         running = tuple(self.scheduler.running)
-        asked = [(s, found) for s in running if (found := self._ask(s)) is not None]
+        most, context = self.settings.draft_tokens, self.context
+        asked = [(s, found) for s in running if (found := ask(s, most, context)) is not None]
         if not asked:
             return running
         try:
@@ -248,10 +249,6 @@ class Engine:
                 self._fail(sequence.request, error)
         return running
 
-    def _ask(self, sequence: Sequence) -> Ask | None:
-        sequence.draft = None
-        return ask(sequence, self.settings.draft_tokens, self.context)
-
     def _run(self, work: list[Work]) -> None:
         now = time.perf_counter()
         for item in work:
@@ -264,10 +261,9 @@ class Engine:
             for item in work:
                 self._fail(item.sequence.request, error)
             return
-        if self.parts.drafter is not None and sum(i.count for i in work) == len(
-            logits_RV
-        ):  # no prompt is read
-            self.parts.drafter.timed(len(logits_RV), time.perf_counter() - now)
+        ran = sum(item.count for item in work)
+        if self.parts.drafter is not None and ran == len(logits_RV):  # no prompt is read
+            self.parts.drafter.timed(ran, time.perf_counter() - now)
         best = self.runner.best
         bad = set(
             non_finite_rows(logits_RV) if best is None else [i for i, token in enumerate(best) if token < 0]

@@ -99,11 +99,7 @@ def native_logits(decoder: Decoder, x_TE: Tensor) -> Tensor:
     weight_E = decoder.norm.weight.detach()
     if weight_E.dtype is not torch.float32 or not weight_E.is_contiguous():
         return decoder.logits(x_TE)
-    logits_TV: Tensor = decoder.lm_head(
-        rms_norm(x_TE.contiguous(), weight_E, decoder.config.norm_eps)
-    ).float()
-    cap = decoder.config.logit_softcap
-    return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap
+    return decoder.head(rms_norm(x_TE.contiguous(), weight_E, decoder.config.norm_eps))
 
 
 class NativeStack:

@@ -155,7 +155,11 @@ class Decoder(nn.Module):
 
     def logits(self, x_TE: Tensor) -> Tensor:
         """Final norm, LM head and soft cap: float32 [T, V]."""
-        logits_TV = self.lm_head(self.norm(x_TE)).float()
+        return self.head(self.norm(x_TE))
+
+    def head(self, normed_TE: Tensor) -> Tensor:
+        """LM head and soft cap of normed hidden states: float32 [T, V]."""
+        logits_TV = self.lm_head(normed_TE).float()
         cap = self.config.logit_softcap
         return cast(Tensor, logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap)
 

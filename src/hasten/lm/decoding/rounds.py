@@ -18,10 +18,11 @@ from hasten.lm.sequence import Sequence
 
 
 def ask(sequence: Sequence, most: int, context: int) -> Ask | None:
-    """What to ask the drafter for ``sequence``; None while it is not decoding or has no room for a guess.
+    """What to ask the drafter for ``sequence``, which has no draft then; None while it is not decoding or has no room.
 
     Never more tokens than the sequence may still produce, less one (the verified extra token), or than fit its context.
     """
+    sequence.draft = None
     left = sequence.params.max_tokens - sequence.output_length
     limit = min(most, left - 1, context - len(sequence.token_ids) - 1)
     if limit < 1 or sequence.computed != len(sequence.token_ids) - 1:
@@ -45,8 +46,7 @@ def take(
     vocabulary: int,
     trees: bool,
 ) -> None:
-    """Set ``sequence.draft``. Raises `UnsupportedError` for a proposal that cannot be verified."""
-    sequence.draft = None
+    """Set ``sequence.draft`` to what was proposed after `ask`. Raises `UnsupportedError` for a draft of no use."""
     if proposal is None or not proposal.token_ids:
         return
     name = type(drafter).__name__
