@@ -32,7 +32,8 @@ def page_kind(k: Tensor, v: Tensor, *, int8: bool = True) -> tuple[int, int]:
 def quantise(x: Tensor) -> Tensor:
     """int8 [..., D + 4] of float32 [..., D]."""
     most = x.abs().amax(-1, keepdim=True)
-    steps = 127 / most
+    # A plain number over a tensor would be rounded twice: reciprocal, then product.
+    steps = torch.tensor(127.0) / most
     codes = (x * steps).round().masked_fill_(~((steps > 0) & (steps < 1e38)), 0)
     scale = torch.empty(most.shape).copy_(most / 127)  # in memory order, which a view of bytes asks for
     return torch.cat([codes.to(torch.int8), scale.view(torch.int8)], -1)
