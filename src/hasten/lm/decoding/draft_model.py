@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hasten.core.errors import ConflictError
 from hasten.core.technique import Technique
+from hasten.lm.chunk import Chunk
 from hasten.lm.decoding.depth import Acceptance, Depth
 from hasten.lm.decoding.prompt_lookup import within_engine
 from hasten.lm.decoding.speculate import Ask, Drafter, Proposal
@@ -251,8 +252,6 @@ class ModelDrafter(Drafter):
 
     def _read(self, chains: Sequence[_Chain]) -> tuple[Tensor, list[_Chain]]:
         """Run what is not cached yet, within the rows of a step: (logits_RW, the chain that each row continues)."""
-        from hasten.lm.chunk import Chunk
-
         chunks, ready, room = [], [], self.room
         for chain in sorted(chains, key=lambda c: len(c.ask.token_ids) - c.kv.length):
             start = chain.kv.length
@@ -282,8 +281,6 @@ class ModelDrafter(Drafter):
 
     def _draft(self, chains: list[_Chain], logits_RW: Tensor) -> None:
         """Add tokens to the chains, one a pass, until each is at its limit or unsure."""
-        from hasten.lm.chunk import Chunk
-
         while chains:
             going = [(chain, row) for row, chain in enumerate(chains) if self._add(chain, logits_RW[row])]
             chains = [chain for chain, _ in going if len(chain.token_ids) < chain.limit]
