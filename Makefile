@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The instruction-set levels that this CPU runs; a wheel (`pip wheel .`) holds all of them.
+LEVELS := scalar$(if $(shell grep -m1 -ow avx2 /proc/cpuinfo),;avx2)$(if $(shell grep -m1 -ow avx512_vnni /proc/cpuinfo),;avx512)
 
-.PHONY: demo test lint docs native sanitize soak-engine clean peers
+.PHONY: demo test lint docs native levels sanitize soak-engine clean peers
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -13,7 +15,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt native/CMakeLists.txt $(shell find native src -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.toml' -o -name '*.html' 2>/dev/null) | $(BIN)/python
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "hasten needs a C++20 compiler: apt-get install g++" >&2; exit 1; }
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt ".[test,lint,docs]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -C "cmake.define.HASTEN_LEVELS=$(LEVELS)" ".[test,lint,docs]"
 	touch $@
 
 demo: $(STAMP)
@@ -37,10 +39,14 @@ native:
 	cmake --build build/native --parallel
 	cmake --install build/native --prefix src
 
+# Compiles the levels that this CPU does not run, which `make demo` leaves out.
+OTHER_LEVELS := $(filter-out $(subst ;, ,$(LEVELS)),avx2 avx512)
+levels: $(STAMP)
+	$(if $(OTHER_LEVELS),$(BIN)/python -m pip wheel . --no-deps -w build/levels -C "cmake.define.HASTEN_LEVELS=$(subst $() $(),;,$(OTHER_LEVELS))")
+
 # The tests that work natively, on modules built with the address and undefined-behaviour sanitizers, for the instruction
 # sets that this CPU runs (some twenty minutes).
 SANITIZE := build/sanitize
-LEVELS = scalar$(if $(shell grep -m1 -ow avx2 /proc/cpuinfo),;avx2)$(if $(shell grep -m1 -ow avx512_vnni /proc/cpuinfo),;avx512)
 sanitize: $(STAMP)
 	cmake -S native -B $(SANITIZE) -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DHASTEN_SANITIZE=ON "-DHASTEN_LEVELS=$(LEVELS)"
 	cmake --build $(SANITIZE) --parallel
