@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hasten.core.plan import Plan
     from hasten.lm.llm import LLM
+    from hasten.lm.prepare import prepare
     from hasten.lm.request import SamplingParams
     from hasten.measure.comparison import compare
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compare"]
+__all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compare", "prepare"]
 
 _LAZY = {
     "LLM": "hasten.lm.llm",
     "Plan": "hasten.core.plan",
     "SamplingParams": "hasten.lm.request",
     "compare": "hasten.measure.comparison",
+    "prepare": "hasten.lm.prepare",
 }
 
 

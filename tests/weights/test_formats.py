@@ -66,7 +66,7 @@ def source(*parts: QuantBlocks, bias: bool = False, name: str = "layers.0.qkv_pr
 
 
 def near(y: Tensor, x: Tensor, weight: Tensor, bias_O: Tensor | None = None, bound: float = 1e-5) -> None:
-    """Errors are compared with the size that outputs of such rows have unless they cancel, not with what was left of them."""
+    """Errors are compared with the size of outputs that do not cancel, not with what a cancellation left of them."""
     x, weight = x.double(), weight.double()
     expected = x @ weight.t() + (0 if bias_O is None else bias_O)
     size = x.norm(dim=1).outer(weight.norm(dim=1)).norm() / x.shape[1] ** 0.5

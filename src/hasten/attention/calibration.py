@@ -17,7 +17,7 @@ from hasten.core.corpus import corpus
 from hasten.core.errors import UnsupportedError
 from hasten.models.checkpoint import load_decoder
 from hasten.models.decoder import CausalAttend, Decoder
-from hasten.weights.calibrate_data import token_digest
+from hasten.weights.calibrate_data import calibration_name
 
 if TYPE_CHECKING:
     from hasten.models.context import BuildContext
@@ -72,11 +72,10 @@ def coordinate_spread(context: BuildContext, tokens: int) -> tuple[Tensor, Tenso
     An orthonormal transform keeps the root mean square over all coordinates, so no Hadamard transform is needed here.
     Kept as an artefact of the model.
     """
-    ids = calibration_ids(context, tokens)
-    made_from = {"tokens": token_digest([ids]), "version": 1}
+    made_from = {"calibration": calibration_name(context), "tokens": tokens, "version": 2}
 
     def write(folder: Path) -> None:
-        q_LTHD, k_LTGD = capture(context, ids)
+        q_LTHD, k_LTGD = capture(context, calibration_ids(context, tokens))
         spread = {
             "q": torch.stack([q.square().mean().sqrt() for q in q_LTHD]),
             "k": torch.stack([k.square().mean().sqrt() for k in k_LTGD]),

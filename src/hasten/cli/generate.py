@@ -71,7 +71,7 @@ def generate(
             common.print_json(
                 {
                     "model": chosen.model,
-                    "plan": chosen.to_dict(),
+                    "plan": llm.plan.to_dict(),
                     "prompt_token_ids": list(completion.prompt_token_ids),
                     "token_ids": list(completion.token_ids),
                     "text": completion.text,

@@ -18,6 +18,7 @@ from hasten.cli.demo import demo
 from hasten.cli.generate import generate
 from hasten.cli.list import list_systems
 from hasten.cli.models import app as models_app
+from hasten.cli.prepare import prepare
 from hasten.cli.report import report
 from hasten.cli.show import show
 
@@ -55,6 +56,7 @@ app.command()(batch)
 app.command()(bench)
 app.command("bench-kernels")(bench_kernels)
 app.command()(compare)
+app.command()(prepare)
 app.command()(report)
 app.command()(demo)
 app.add_typer(models_app, name="models")

@@ -42,21 +42,39 @@ def _plain(value: object) -> Any:
 
 
 class ArtefactStore:
-    """Artefacts of one model under ``root``. Safe for concurrent builders: the first rename wins."""
+    """Artefacts of one model under ``root``. Safe for concurrent builders: the first rename wins.
 
-    def __init__(self, root: Path, model: str) -> None:
+    sealed: hold what is there and make nothing new (a prepared folder). used: the folders asked for so far.
+    """
+
+    def __init__(self, root: Path, model: str, *, sealed: bool = False) -> None:
         self.root = Path(root)
         self.model = model  # fingerprint of the model the artefacts belong to
+        self.sealed = sealed
+        self.used: set[Path] = set()
+
+    def of_model(self, model: str) -> ArtefactStore:
+        """The artefacts of another model (what surgery made of this one) in the same place."""
+        other = ArtefactStore(self.root, model, sealed=self.sealed)
+        other.used = self.used
+        return other
 
     def path(self, slug: str, made_from: Mapping[str, Any]) -> Path:
         return self.root / f"{slug}-{fingerprint({'model': self.model, 'slug': slug, **made_from})}"
 
     def find(self, slug: str, made_from: Mapping[str, Any]) -> Path | None:
-        """The folder of a finished artefact, or None. Raises `ArtefactError` if it is damaged."""
+        """The folder of a finished artefact, or None. Raises `ArtefactError` if it is damaged, or missing where the
+        store is sealed."""
         folder = self.path(slug, made_from)
         if not folder.is_dir():
+            if self.sealed:
+                raise ArtefactError(
+                    f"{self.root.parent} was not prepared for this use of {slug}: its settings, the calibration "
+                    "data or the version of hasten differ; run `hasten prepare` with them"
+                )
             return None
         self._verify(folder, slug)
+        self.used.add(folder)
         return folder
 
     def build(self, slug: str, made_from: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
@@ -88,6 +106,7 @@ class ArtefactStore:
                 if not target.is_dir():
                     raise
                 self._verify(target, slug)
+            self.used.add(target)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         return target

@@ -24,6 +24,7 @@ from hasten.lm.kvcache.cache import KVCache, bytes_of_page, pages_in_budget
 from hasten.lm.kvcache.format import KVFormat
 from hasten.lm.kvcache.int8 import stored_as
 from hasten.lm.kvcache.prefix import NoPrefixStore, PrefixStore, RadixPrefixStore
+from hasten.lm.prepared import Prepared
 from hasten.lm.runner import Runner
 from hasten.lm.scheduling.continuous import ContinuousBatching
 from hasten.lm.settings import EngineSettings
@@ -49,6 +50,7 @@ class Loaded:
     tokenizer: Tokenizer
     decoder: Decoder
     engine: Engine
+    artefacts: ArtefactStore
 
 
 class Providers:
@@ -71,12 +73,11 @@ class Providers:
         for technique in self.plan.filling("model_surgery"):
             surgery: ModelSurgery = self._provide("model_surgery", technique)
             checkpoint = surgery.apply(self.context.checkpoint)
-            root = self.context.artefacts.root
             self.context = replace(
                 self.context,
                 checkpoint=checkpoint,
                 config=checkpoint.config,
-                artefacts=ArtefactStore(root, checkpoint.fingerprint),
+                artefacts=self.context.artefacts.of_model(checkpoint.fingerprint),
             )
         return self.context
 
@@ -94,8 +95,14 @@ class Providers:
 def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Loaded:
     """Load the plan's model and build its engine. Raises the plan's, the model's or a technique's error.
 
-    calibration: token sequences for techniques that calibrate; None for the documentation corpus.
+    calibration: token sequences for techniques that calibrate; None for the documentation corpus. A model that is a
+    prepared folder brings its own plan, which ``plan`` adds to, and its own artefacts.
     """
+    prepared = Prepared.at(plan.model)
+    root = paths.home() / "artefacts"
+    if prepared is not None:
+        plan, root = prepared.extended(plan), prepared.artefacts
+        calibration = prepared.calibration() if calibration is None else calibration
     plan.check()
     settings = EngineSettings.of(dict(plan.engine))
     if settings.threads is not None:
@@ -111,7 +118,7 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         kv_dtype=_kv_dtype(plan, settings),
         # The fingerprint reads the whole file; without techniques nobody asks for an artefact.
         artefacts=ArtefactStore(
-            paths.home() / "artefacts", checkpoint.fingerprint if plan.techniques else "unused"
+            root, checkpoint.fingerprint if plan.techniques else "unused", sealed=prepared is not None
         ),
         seed=settings.seed,
         calibration=calibration,
@@ -152,7 +159,7 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         stop_policies=providers.all("stop_policy"),
     )
     engine = Engine(runner, tokenizer, settings, parts)
-    return Loaded(plan, settings, path, checkpoint, tokenizer, decoder, engine)
+    return Loaded(plan, settings, path, checkpoint, tokenizer, decoder, engine, context.artefacts)
 
 
 def _kv_dtype(plan: Plan, settings: EngineSettings) -> torch.dtype:

@@ -34,7 +34,8 @@ class LLM:
         llm = hasten.LLM("smollm2-135m-instruct", use=["gptq", hasten.Adamas(budget=128)])
         print(llm.chat([{"role": "user", "content": "Name three rivers."}]).text)
 
-    model: a known name, a folder or file, a Hugging Face id, a `Plan`, or the path of a plan file (``.toml``).
+    model: a known name, a folder or file, a Hugging Face id, a folder that `hasten.prepare` wrote (with its plan), a
+        `Plan`, or the path of a plan file (``.toml``).
     use: techniques, as slugs (``"gptq:bits=3"``) or objects. dtype: ``auto``, ``float32`` or ``bfloat16``.
     calibration: token sequences for techniques that calibrate, None for the documentation corpus.
     engine: see `hasten.lm.settings.EngineSettings`, e.g. ``max_batch=16``, ``kv_memory_mb=500``.
@@ -53,8 +54,8 @@ class LLM:
         calibration: Sequence[Sequence[int]] | None = None,
         **engine: Any,
     ) -> None:
-        self.plan = _plan(model, tuple(use), dtype, plan, engine)
-        self._loaded = load(self.plan, calibration)
+        self._loaded = load(_plan(model, tuple(use), dtype, plan, engine), calibration)
+        self.plan = self._loaded.plan
         self._lock = threading.RLock()
 
     @property
