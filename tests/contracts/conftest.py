@@ -113,12 +113,12 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(
     model: Path, calibration: list[list[int]], shared_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., LLM]:
-    """``load(slug or None, dtype=..., **engine)``: the tiny model with one technique, or none."""
+    """``load(slug or None, ..., dtype=..., **engine)``: the tiny model with one technique, several or none."""
     monkeypatch.setenv("HASTEN_HOME", str(shared_home))
 
-    def make(slug: str | None, dtype: str = "float32", **engine: Any) -> LLM:
+    def make(*slugs: str | None, dtype: str = "float32", **engine: Any) -> LLM:
         engine = {"page_size": 4, "max_step_tokens": 48, "max_batch": 6, **engine}
-        use = () if slug is None else (technique(slug),)
+        use = [technique(slug) for slug in slugs if slug is not None]
         return LLM(model, use, dtype, calibration=calibration, **engine)
 
     return make

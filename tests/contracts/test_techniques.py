@@ -67,7 +67,7 @@ def test_settings_survive_a_plan_file(slug):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_answers_are_finite_complete_and_repeatable(slug, dtype, load):
     def run():
-        llm = load(slug, dtype)
+        llm = load(slug, dtype=dtype)
         return [llm.generate([p], greedy())[0].samples[0] for p in prompts()]
 
     first, second = run(), run()
