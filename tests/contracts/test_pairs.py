@@ -30,11 +30,15 @@ def test_pairs_of_one_exclusive_slot_are_refused_with_both_names() -> None:
     assert "remove one" in why
 
 
+@pytest.fixture(scope="module")
+def plain(model: Path) -> list[tuple[int, ...]]:
+    return composition.answers(LLM(model, dtype="float32", page_size=4), GIVEN)
+
+
 @pytest.mark.parametrize(("first", "second"), allowed())
 def test_a_pair_that_is_allowed_works_or_is_refused(
-    first: str, second: str, load: Callable[..., LLM]
+    first: str, second: str, load: Callable[..., LLM], plain: list[tuple[int, ...]]
 ) -> None:
     use = [technique(first), technique(second)]
-    plain = composition.answers(load(None), GIVEN)
     outcome = composition.check(lambda _: load(first, second), use, GIVEN, plain)
     assert outcome.state != "fails", outcome.why
