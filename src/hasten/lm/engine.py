@@ -57,6 +57,7 @@ class Engine:
         self.cache: KVCache = runner.cache
         self.scheduler = parts.scheduler
         self.scheduler.bind(self.cache, settings)
+        self.scheduler.calibrate(runner)
         if parts.drafter is not None:
             parts.drafter.bind(self.cache, settings)
         self.context = self.cache.context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class LLM:
 
     def answer_jobs(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Completion | HastenError]]:
         """Run the requests of a batch file, continuously batched; each comes back as soon as it is finished."""
-        ahead = 2 * self.engine.settings.max_batch
+        ahead = math.inf if self.engine.scheduler.offline else 2 * self.engine.settings.max_batch
         source = iter(jobs)
         running: dict[int, tuple[Job, Request]] = {}
         ready: deque[tuple[Job, Completion | HastenError]] = deque()
@@ -223,6 +224,7 @@ class LLM:
             "page_size": cache.page_size,
             "context": self.engine.context,
             "max_batch": self.engine.settings.max_batch,
+            **self.engine.scheduler.facts(),
             **beside,
         }
 

@@ -13,10 +13,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.lm.kvcache.cache import KVCache
 from hasten.lm.sequence import Sequence
 from hasten.lm.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hasten.lm.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,26 @@ class Work:
 
 
 class Scheduler(ABC):
-    """Picks the work of each step. One instance per engine; calls come from one thread."""
+    """Picks the work of each step. One instance per engine; calls come from one thread.
+
+    stalls: whether decoding may stand still while a prompt is read (what is built to be fair does not).
+    offline: whether it wants to know all requests of a job before the first of them runs.
+    """
+
+    stalls: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
 
     def bind(self, cache: KVCache, settings: EngineSettings) -> None:
         """Called once before anything else."""
         self.cache = cache
         self.settings = settings
+
+    def calibrate(self, runner: Runner) -> None:  # noqa: B027 - most need no measurement
+        """Called once by the engine after `bind`, before any request: who needs to know what steps cost measures."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """Figures for `LLM.facts`, e.g. what was calibrated; JSON-able."""
+        return {}
 
     @abstractmethod
     def add(self, sequence: Sequence) -> None:
