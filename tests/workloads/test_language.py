@@ -34,6 +34,7 @@ SMALL = {
     },
     "shared-prefix": {"prefix_tokens": 50, "questions": 4, "tokens": 5, "quality_tokens": 6},
     "edit": {"passages": 2, "passage_tokens": 20, "tokens": 6},
+    "trace": {"requests": 5, "clients": 3, "prompt_tokens": 60, "tokens": 5, "quality_requests": 2},
 }
 
 
@@ -60,14 +61,23 @@ def test_describes_itself(job):
     assert isinstance(job, Workload)
     assert job.title
     assert job.unit == "tokens"
-    assert job.metric.better == ("higher" if job.name == "edit" else "lower")
+    assert job.metric.better == ("higher" if job.name in SHARES else "lower")
     assert job.baseline().dtype == "auto"
     assert job.baseline("other").model == "other"
     assert job.baseline().techniques == ()
 
 
 # Tokens that the timed part of each small job makes or reads.
-UNITS = {"decode": 2 * 5, "prefill": 2 * 20, "long-decode": 5, "shared-prefix": 4 * 5, "edit": 2 * 5}
+UNITS = {
+    "decode": 2 * 5,
+    "prefill": 2 * 20,
+    "long-decode": 5,
+    "shared-prefix": 4 * 5,
+    "edit": 2 * 5,
+    "trace": 1,
+}
+# Jobs whose quality is a share of tokens, not a perplexity.
+SHARES = ("edit", "trace")
 
 
 def test_runs_again_and_again(job, session):
@@ -87,7 +97,7 @@ def test_runs_again_and_again(job, session):
 def test_quality_is_the_models_perplexity(job, session):
     value = session.quality()
     assert value == session.quality()  # deterministic
-    assert 0 < value <= 1 if job.name == "edit" else 1 < value < float("inf")
+    assert 0 < value <= 1 if job.name in SHARES else 1 < value < float("inf")
 
 
 def test_edit_judges_a_plan_by_the_plain_models_answers(tiny_plan, small_corpus):
@@ -151,6 +161,7 @@ def test_bad_options_are_refused_before_a_model_is_loaded(job, tiny_plan):
         ("shared-prefix", {"prefix_tokens": 100_000}),
         ("shared-prefix", {"questions": 100_000}),
         ("edit", {"passages": 100_000}),
+        ("trace", {"prompt_tokens": 100_000}),
     ],
 )
 def test_jobs_larger_than_the_text_are_refused(name, options, tiny_plan, small_corpus):

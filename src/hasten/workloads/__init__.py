@@ -18,6 +18,7 @@ _WORKLOADS = {
     "batch-decode": "hasten.workloads.batch_decode:BatchDecode",
     "shared-prefix": "hasten.workloads.shared_prefix:SharedPrefix",
     "edit": "hasten.workloads.edit:Edit",
+    "trace": "hasten.workloads.trace:Trace",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
@@ -40,8 +40,34 @@ class Text:
             )
         return found
 
+    def cuts(self, lengths: Sequence[int]) -> list[list[int]]:
+        """A window of each of these lengths, no two overlapping, each from the document with most text left.
+
+        Windows begin with the start token as those of `windows` do. Raises `MeasureError` when the split has less.
+        """
+        bos = self._bos()
+        documents = [self._tokens(d) for d in corpus().documents(self.split) if self.only(d)]
+        at = [0] * len(documents)
+        found = []
+        for number, length in enumerate(lengths):
+            left = [len(ids) - start for ids, start in zip(documents, at, strict=True)]
+            best = left.index(max(left)) if left else -1
+            step = length - len(bos)
+            if best < 0 or step < 1 or left[best] < step:
+                raise MeasureError(
+                    f"the {self.split} split has no window of {length} tokens left after {number} windows; ask for "
+                    "shorter or fewer ones"
+                )
+            found.append(bos + documents[best][at[best] : at[best] + step])
+            at[best] += step
+        return found
+
+    def _bos(self) -> list[int]:
+        start = self.tokenizer.bos_id
+        return [start] if self.tokenizer.adds_bos and start is not None else []
+
     def _all(self, length: int) -> Iterator[tuple[Document, list[int]]]:
-        bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
+        bos = self._bos()
         step = length - len(bos)
         if step < 1:
             raise MeasureError(f"a window of {length} tokens holds no text; ask for at least {1 + len(bos)}")

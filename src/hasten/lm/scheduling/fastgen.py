@@ -52,7 +52,7 @@ class FastGen(Technique):
         None, ge=1, description="tokens of a step; none: chosen from the measured latency of steps"
     )
     efficiency: float = Field(
-        0.9, gt=0, le=1, description="share of the best measured throughput that the chosen step must reach"
+        0.95, gt=0, le=1, description="share of the best measured throughput that the chosen step must reach"
     )
 
     def provide(self, slot: str, context: BuildContext) -> Scheduler:

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from hasten.lm.runner import Runner
 
 VERSION = 1  # of the measurement: raise it when curves of before should not be read any more
+_FINE = 64  # tokens up to which the curve bends and sizes lie close together
 _CALIBRATION_ID = -1  # of the sequences that calibration runs; the engine's count from 0
 
 
@@ -77,11 +79,11 @@ class LatencyCurve:
 
 
 def sizes(limit: int) -> tuple[int, ...]:
-    """Step sizes to measure: powers of two and the middles between them, up to ``limit`` and ``limit`` itself."""
+    """Step sizes to measure: ``limit`` and the powers of two below, up to `_FINE` also the middles between them."""
     found = {limit}
     size = 1
     while size <= limit:
-        found |= {size, size + size // 2}
+        found |= {size, size + size // 2} if size < _FINE else {size}
         size *= 2
     return tuple(sorted(n for n in found if n <= limit))
 
@@ -106,9 +108,9 @@ def measure_curve(
     best = dict.fromkeys(chosen, float("inf"))
     for turn in range(rounds + 1):
         for size in chosen:
-            seconds = _step_seconds(runner, size, min(sequences, size), clock)
-            if turn > 0:  # the first round warms up
-                best[size] = min(best[size], seconds)
+            if turn == 0 and size > _FINE:
+                continue  # the first round warms up, and large steps are warm without it
+            best[size] = min(best[size], _step_seconds(runner, size, min(sequences, size), clock))
     return LatencyCurve.of(chosen, tuple(best[size] for size in chosen))
 
 
@@ -120,7 +122,7 @@ def _step_seconds(runner: Runner, size: int, sequences: int, clock: Callable[[],
     open_kvs: list[SequenceKV] = []
     chunks: list[Chunk] = []
     try:
-        for number, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for number, (low, high) in enumerate(pairwise(cuts)):
             kv = cache.open(_CALIBRATION_ID - number)
             open_kvs.append(kv)
             if cache.free_rows == 0 or not cache.reserve(kv, 0, high - low):

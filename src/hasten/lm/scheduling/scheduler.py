@@ -56,7 +56,7 @@ class Scheduler(ABC):
         self.cache = cache
         self.settings = settings
 
-    def calibrate(self, runner: Runner) -> None:  # noqa: B027 - most need no measurement
+    def calibrate(self, runner: Runner) -> None:
         """Called once by the engine after `bind`, before any request: who needs to know what steps cost measures."""
 
     def facts(self) -> Mapping[str, Any]:
