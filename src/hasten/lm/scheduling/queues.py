@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hasten.lm.kvcache.cache import KVCache
+from hasten.lm.scheduling.prefix_tree import common_prefix
 from hasten.lm.scheduling.scheduler import Scheduler, Work
 from hasten.lm.sequence import Sequence, Status
 from hasten.lm.settings import EngineSettings
@@ -109,6 +110,8 @@ class QueueScheduler(Scheduler):
             assert sequence.kv is not None
             while not self.cache.reserve(sequence.kv, start, start + count):
                 step.short = True
+                if self.spare():
+                    continue
                 if sequence.draft is not None:  # give up the guess before anybody's pages
                     sequence.draft, count = None, 1
                     continue
@@ -150,7 +153,7 @@ class QueueScheduler(Scheduler):
         # A page more than the tokens need: who was preempted should not be so again at once.
         ahead = min(len(sequence.token_ids) + self.cache.page_size, self.cache.context)
         fits = not (whole and step.work) or sequence.remaining <= step.room
-        if not fits or not self.cache.reserve(sequence.kv, start, ahead):
+        if not fits or not self._reserve(sequence, start, ahead):
             if opened:
                 self.cache.close(sequence.kv)
                 sequence.kv = None
@@ -158,14 +161,26 @@ class QueueScheduler(Scheduler):
         if opened:
             sequence.request.ledger.cached += min(start, sequence.prompt_length)
         self.cache.attach(sequence.kv)
-        self._waiting.remove(sequence)
+        self.unqueue(sequence)
         self._run(sequence)
         step.give(sequence, start, min(sequence.remaining, step.room))
         return True
 
+    def spare(self) -> bool:
+        """Give up pages that are only kept in advance; whether there were any."""
+        return False
+
+    def unqueue(self, sequence: Sequence) -> None:
+        """A sequence does not wait any more."""
+        self._waiting.remove(sequence)
+
+    def holders(self) -> list[Sequence]:
+        """Waiting sequences that hold pages."""
+        return [s for s in self._waiting if s.kv is not None]
+
     def victim(self) -> Sequence:
         """Who gives up pages: a waiting sequence that holds some, else the running one that comes last."""
-        holding = [s for s in self._waiting if s.kv is not None]
+        holding = self.holders()
         return holding[-1] if holding else self._running[-1]
 
     def preempt(self, sequence: Sequence) -> None:
@@ -199,25 +214,19 @@ class QueueScheduler(Scheduler):
             if whole > best and other.token_ids[:whole] == sequence.token_ids[:whole]:
                 best = whole
             elif other.token_ids[:size] == sequence.token_ids[:size]:
-                best = max(best, _common(other.token_ids, sequence.token_ids, whole) // size * size)
+                best = max(best, common_prefix(other.token_ids, sequence.token_ids, whole) // size * size)
         return best > 0 and best > len(self.cache.store.match(sequence.token_ids[:best])) * size
 
     def _drop_last_waiting(self, but: Sequence) -> bool:
         """Free the pages of the last waiting sequence that holds any (a fork that never ran)."""
-        for sequence in reversed(self._waiting):
-            if sequence.kv is not None and sequence is not but:
-                self.preempt(sequence)
-                return True
-        return False
+        others = [sequence for sequence in self.holders() if sequence is not but]
+        if others:
+            self.preempt(others[-1])
+        return bool(others)
 
-
-def _common(a: list[int], b: list[int], limit: int) -> int:
-    """Length of the common prefix of two token lists, at most ``limit``."""
-    low, high = 0, limit
-    while low < high:  # bisect over slice comparisons: they run at C speed
-        middle = (low + high + 1) // 2
-        if a[:middle] == b[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def _reserve(self, sequence: Sequence, start: int, stop: int) -> bool:
+        assert sequence.kv is not None
+        while not self.cache.reserve(sequence.kv, start, stop):
+            if not self.spare():
+                return False
+        return True
