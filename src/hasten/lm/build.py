@@ -159,6 +159,7 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         stop_policies=providers.all("stop_policy"),
     )
     engine = Engine(runner, tokenizer, settings, parts)
+    cache.store.ready(engine)
     return Loaded(plan, settings, path, checkpoint, tokenizer, decoder, engine, context.artefacts)
 
 

@@ -124,7 +124,9 @@ class Engine:
         old = request.prompt
         ids = (*source.token_ids, *append)
         positions = None if old.position_ids is None else tuple(source.positions(0, len(ids)))
-        prompt = Prompt(token_ids=ids, position_ids=positions, embeddings_TE=old.embeddings_TE)
+        prompt = Prompt(
+            token_ids=ids, position_ids=positions, embeddings_TE=old.embeddings_TE, segments=old.segments
+        )
         prompt = self.intake.check(prompt)
         kv = None
         if source.kv is not None and source.kv.length > 0:

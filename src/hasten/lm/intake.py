@@ -98,6 +98,11 @@ class Intake:
                 raise RequestError(f"{len(prompt.position_ids)} position ids for {len(ids)} tokens")
             if min(prompt.position_ids) < 0:
                 raise RequestError(f"position id {min(prompt.position_ids)} is negative")
+        ends = (0, *prompt.segments, len(ids) + 1)
+        if any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+            raise RequestError(
+                f"segments {list(prompt.segments)} must be ascending token counts between 1 and {len(ids)}"
+            )
         if prompt.embeddings_TE is not None:
             rows = torch.as_tensor(prompt.embeddings_TE)
             if rows.dim() != 2 or rows.shape[1] != self.hidden or rows.shape[0] > len(ids):

@@ -67,6 +67,11 @@ class Sequence:
         return self.request.params
 
     @property
+    def segments(self) -> SequenceOf[int]:
+        """Where the parts of its prompt end (`Prompt.segments`)."""
+        return self.request.prompt.segments
+
+    @property
     def computed(self) -> int:
         """Tokens whose keys and values are cached."""
         return 0 if self.kv is None else self.kv.length

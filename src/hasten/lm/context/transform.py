@@ -17,6 +17,8 @@ class Prompt:
     position_ids: explicit rotary positions, None for 0..n-1.
     embeddings_TE: rows to use instead of the embeddings of the first tokens (soft prompts), None for none; the
         tokens they replace are placeholders.
+    segments: where the prompt's reusable parts (instructions, documents) end, in tokens, ascending; what follows the
+        last is this request's own. A prefix store may keep such parts as wholes.
     """
 
     text: str | None = None
@@ -25,6 +27,7 @@ class Prompt:
     contexts: tuple[str, ...] = ()
     position_ids: tuple[int, ...] | None = None
     embeddings_TE: Any = None
+    segments: tuple[int, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Prompt:

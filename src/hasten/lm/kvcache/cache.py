@@ -40,6 +40,8 @@ class SequenceKV:
     row: the sequence's row of the shared page table, -1 while it is not running.
     missing: int64 [L], cached tokens that each layer lacks, or None for none.
     floor: the sequence cannot be truncated below this length (rows were dropped before it).
+    segments: where the parts of its prompt end, in tokens (see `PrefixStore`).
+    asked: the tokens it was opened with, and how many were stored, until the store hears that it runs.
     """
 
     id: int
@@ -48,6 +50,8 @@ class SequenceKV:
     row: int = _NO_ROW
     missing: NDArray[np.int64] | None = None
     floor: int = 0
+    segments: Sequence[int] = ()
+    asked: tuple[Sequence[int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class KVCache:
         self.pool = PagePool(pages)
         self.sidecars = Sidecars(sidecars, layers, pages, page_size, shape)
         format.allocate(layers, pages, page_size, shape)
-        store.bind(self.pool, format, page_size)
+        store.bind(self.pool, format, page_size, self.sidecars)
         self.page_bytes = bytes_of_page(format, sidecars, layers, page_size, shape)
         self.context = min(context, pages * page_size)
         self.table_RM: NDArray[np.int32] = np.full((rows, -(-self.context // page_size)), -1, dtype=np.int32)
@@ -98,17 +102,21 @@ class KVCache:
     def free_rows(self) -> int:
         return len(self._free_rows)
 
-    def open(self, sequence_id: int, token_ids: Sequence[int] = ()) -> SequenceKV:
+    def open(
+        self, sequence_id: int, token_ids: Sequence[int] = (), segments: Sequence[int] = ()
+    ) -> SequenceKV:
         """A sequence that starts with the pages of the longest stored prefix of ``token_ids``.
 
-        At least the last token stays to be computed: its logits are needed.
+        At least the last token stays to be computed: its logits are needed. segments: where the prompt's parts end.
         """
         pages: list[int] = []
         if token_ids:
             whole = (len(token_ids) - 1) // self.page_size * self.page_size
-            pages = self.store.match(token_ids[:whole])
+            pages = self.store.match(token_ids[:whole], segments)
             self.pool.retain(pages)
-        kv = SequenceKV(sequence_id, len(pages) * self.page_size, pages)
+        kv = SequenceKV(sequence_id, len(pages) * self.page_size, pages, segments=segments)
+        if token_ids:
+            kv.asked = (token_ids, kv.length)
         if pages and self._absent:
             kv.missing = np.zeros(self.layers, dtype=np.int64)
             kv.missing[list(self._absent)] = kv.length
@@ -118,6 +126,9 @@ class KVCache:
         """Give a sequence a row of the page table; needed to run. ``free_rows`` must not be 0."""
         kv.row = self._free_rows.pop()
         self.table_RM[kv.row, : len(kv.pages)] = kv.pages
+        if kv.asked is not None:
+            self.store.accessed(kv.asked[0], kv.segments, kv.asked[1])
+            kv.asked = None
 
     def detach(self, kv: SequenceKV) -> None:
         if kv.row != _NO_ROW:
@@ -210,7 +221,9 @@ class KVCache:
     def fork(self, kv: SequenceKV, sequence_id: int) -> SequenceKV:
         """A second sequence with the same tokens, sharing every page until one of the two writes."""
         seen = self.snapshot(kv)
-        return SequenceKV(sequence_id, seen.length, list(seen.pages), missing=seen.missing, floor=seen.floor)
+        forked = SequenceKV(sequence_id, seen.length, list(seen.pages), missing=seen.missing, floor=seen.floor)
+        forked.segments = kv.segments
+        return forked
 
     def offer_prefix(self, kv: SequenceKV, token_ids: Sequence[int]) -> None:
         """Let the prefix store keep the whole pages of the sequence's first ``len(token_ids)`` tokens.
@@ -222,11 +235,11 @@ class KVCache:
             absent = frozenset(np.flatnonzero(kv.missing).tolist())
             if any(kv.missing[layer] != kv.length for layer in absent):
                 return
-        if len(self.store) == 0:
+        if self.store.empty:
             self._absent = absent
         if absent == self._absent:
             whole = min(len(token_ids), kv.length) // self.page_size
-            self.store.insert(token_ids[: whole * self.page_size], kv.pages[:whole])
+            self.store.insert(token_ids[: whole * self.page_size], kv.pages[:whole], kv.segments)
 
     def _own(self, kv: SequenceKV, i: int) -> None:
         page = self.pool.allocate()

@@ -50,6 +50,16 @@ class Sidecars:
             for tensor in layers.values():
                 tensor[target] = tensor[source]
 
+    def read_page(self, page: int) -> list[Tensor]:
+        """What is kept beside a page, in a fixed order (see `KVFormat.read_page`)."""
+        return [tensor[page].clone() for layers in self.tensors.values() for tensor in layers.values()]
+
+    def write_page(self, page: int, content: Sequence[Tensor]) -> None:
+        """Put beside a page what `read_page` gave."""
+        own = [tensor for layers in self.tensors.values() for tensor in layers.values()]
+        for tensor, value in zip(own, content, strict=True):
+            tensor[page] = value
+
 
 def _page_shape(spec: SidecarSpec, page_size: int, shape: HeadShape) -> tuple[int, ...]:
     if spec.per == "token":

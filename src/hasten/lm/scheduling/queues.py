@@ -43,6 +43,7 @@ class QueueScheduler(Scheduler):
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self.budget = settings.max_step_tokens
+        self._arrangement = cache.store.admission_order()
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -132,23 +133,29 @@ class QueueScheduler(Scheduler):
         The pages of a whole prompt are reserved when it starts, so that half-read prompts cannot block each other.
         whole: no prompt is cut to fit beside others; one that exceeds the budget is cut only where it runs alone.
         """
+        if step.room == 0 or self.cache.free_rows == 0:
+            return
+        queue = list(self._waiting if self._arrangement is None else self._arrangement.arrange(self._waiting))
         i = 0
-        while i < len(self._waiting) and step.room > 0 and self.cache.free_rows > 0:
-            sequence = self._waiting[i]
+        while i < len(queue) and step.room > 0 and self.cache.free_rows > 0:
+            sequence = queue[i]
             if self._soon_shared(sequence, step):
                 i += 1
                 continue
             if self.start(sequence, step, whole=whole):
+                del queue[i]
                 continue
             if self._running or not self._drop_last_waiting(sequence):
-                return
+                if self._running or self._arrangement is None:
+                    return
+                i += 1  # nothing runs, and this one cannot; one behind it might
 
     def start(self, sequence: Sequence, step: Step, *, whole: bool = False) -> bool:
         """Let a waiting sequence run, with rows in this step. False, and nothing changed, if it finds no room."""
         opened = sequence.kv is None
         if sequence.kv is None:
             tokens = sequence.token_ids if sequence.request.plain else ()
-            sequence.kv = self.cache.open(sequence.id, tokens)
+            sequence.kv = self.cache.open(sequence.id, tokens, sequence.segments)
         start = sequence.computed
         # A page more than the tokens need: who was preempted should not be so again at once.
         ahead = min(len(sequence.token_ids) + self.cache.page_size, self.cache.context)
@@ -203,19 +210,20 @@ class QueueScheduler(Scheduler):
         """Whether another sequence computes, in this very step, pages that this one could reuse in the next."""
         if not self.settings.prefix_cache or sequence.kv is not None or not sequence.request.plain:
             return False
-        size = self.cache.page_size
+        size, store = self.cache.page_size, self.cache.store
         most = (len(sequence.token_ids) - 1) // size * size
         best = 0
         for item in step.work.values():
             other = item.sequence
             if item.count < size or not other.request.plain:
                 continue
-            whole = min(most, item.stop // size * size)
+            whole = min(most, store.cut(item.stop, other.segments, after=True))
             if whole > best and other.token_ids[:whole] == sequence.token_ids[:whole]:
                 best = whole
             elif other.token_ids[:size] == sequence.token_ids[:size]:
                 best = max(best, common_prefix(other.token_ids, sequence.token_ids, whole) // size * size)
-        return best > 0 and best > len(self.cache.store.match(sequence.token_ids[:best])) * size
+        best = store.cut(best, sequence.segments)
+        return best > 0 and best > store.cached(sequence.token_ids[:best], sequence.segments)
 
     def _drop_last_waiting(self, but: Sequence) -> bool:
         """Free the pages of the last waiting sequence that holds any (a fork that never ran)."""
