@@ -18,7 +18,19 @@ from torch import Tensor
 
 from hasten.models.config import AttentionSpec, HeadShape
 
-__all__ = ["AttentionSpec", "HeadShape", "KVPages", "StepLayout"]
+__all__ = ["AttentionSpec", "Extent", "HeadShape", "KVPages", "StepLayout"]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Slots ``[start, start + length)`` of a sequence that hold tokens computed apart from it, from a page's start on.
+
+    context: they belong to one of several texts that a prompt reads side by side, not to what all of them follow.
+    """
+
+    start: int
+    length: int
+    context: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class StepLayout:
     layers: per-layer layouts for techniques that keep different tokens in different layers.
     trees: by sequence (0..S-1), the parent of each of its last rows that are nodes of a tree: an earlier node, or -1
         for the row before the nodes. A node sees what the row before the nodes sees, its ancestors and itself.
+    extents: by sequence (0..S-1), where its first pages hold tokens (`KVCache.open` with states). The slots between
+        extents hold nothing and are never read; the sequence's own tokens begin at the page after the last extent.
     """
 
     query_start_S1: Tensor
@@ -57,6 +71,7 @@ class StepLayout:
     sequence_ids: tuple[int, ...]
     layers: Mapping[int, StepLayout] = field(default_factory=dict)
     trees: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    extents: Mapping[int, tuple[Extent, ...]] = field(default_factory=dict)
 
     def layer(self, index: int) -> StepLayout:
         """The layout that layer ``index`` sees."""

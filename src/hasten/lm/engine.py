@@ -63,6 +63,8 @@ class Engine:
         self.context = self.cache.context
         self.vocabulary = config.vocab_size
         self.eos_ids = frozenset(config.eos_ids) | frozenset(tokenizer.eos_ids)
+        for transform in parts.transforms:
+            transform.bind(self)
         self.intake = Intake(
             tokenizer,
             parts.transforms,
@@ -101,9 +103,9 @@ class Engine:
         A ``max_tokens`` that the context cannot hold is no error: the sample ends with ``length`` when it is full.
         """
         params = params or SamplingParams()
-        return self._start(
-            Request(next(self._ids), self.intake.prompt(prompt), params, priority, on_delta=on_delta)
-        )
+        request = Request(next(self._ids), self.intake.prompt(prompt), params, priority, on_delta=on_delta)
+        request.transforms = tuple(self.parts.transforms)
+        return self._start(request)
 
     def fork(
         self,
@@ -122,10 +124,16 @@ class Engine:
         """
         source = request.sequences[sample]
         old = request.prompt
+        if old.states is not None and request.done:
+            raise RequestError("the states of this finished request's contexts are released; submit it anew")
         ids = (*source.token_ids, *append)
         positions = None if old.position_ids is None else tuple(source.positions(0, len(ids)))
         prompt = Prompt(
-            token_ids=ids, position_ids=positions, embeddings_TE=old.embeddings_TE, segments=old.segments
+            token_ids=ids,
+            position_ids=positions,
+            embeddings_TE=old.embeddings_TE,
+            segments=old.segments,
+            states=old.states,
         )
         prompt = self.intake.check(prompt)
         kv = None
@@ -193,6 +201,8 @@ class Engine:
                     status=Status.HELD,
                 )
             )
+        if request.prompt.states is not None:
+            self.cache.pool.retain(request.prompt.states.pages)
         request.ledger.prompt = len(ids)
         self._requests[request.id] = request
         first = request.sequences[0]
@@ -430,6 +440,8 @@ class Engine:
             policy.forget(sequence.id)
         request = sequence.request
         if request.done:
+            if request.prompt.states is not None:
+                self.cache.pool.release(request.prompt.states.pages)
             request.finished_at = time.perf_counter()
             self._requests.pop(request.id, None)
 

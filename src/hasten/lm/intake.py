@@ -36,6 +36,8 @@ class Intake:
         prompt = self._read(given)
         for transform in self.transforms:
             prompt = transform.on_text(prompt)
+        if not prompt.token_ids and prompt.text is None and prompt.contexts:
+            prompt = prompt.replace(text=prompt.joined())
         if not prompt.token_ids and prompt.text is not None:
             # A chat template writes the start token itself.
             start = self.tokenizer.adds_bos and not prompt.extra.get("templated", False)

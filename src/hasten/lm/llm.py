@@ -108,24 +108,62 @@ class LLM:
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         stream: Literal[False] = False,
+        contexts: Sequence[str] = (),
     ) -> Completion: ...
 
     @overload
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, stream: Literal[True]
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        stream: Literal[True],
+        contexts: Sequence[str] = (),
     ) -> Stream: ...
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, stream: bool = False
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        stream: bool = False,
+        contexts: Sequence[str] = (),
     ) -> Completion | Stream:
-        """Answer a conversation (``[{"role": "user", "content": "..."}]``) with the model's chat template."""
-        prompt = self.chat_prompt(messages)
+        """Answer a conversation (``[{"role": "user", "content": "..."}]``) with the model's chat template.
+
+        contexts: passages that the last message asks about, put before it; see `chat_prompt`.
+        """
+        prompt = self.chat_prompt(messages, contexts)
         return self.stream(prompt, params) if stream else self.generate([prompt], params)[0]
 
-    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The conversation as the prompt that the model reads."""
-        text = self.tokenizer.apply_chat([dict(m) for m in messages])
-        return Prompt(text=text, extra={"templated": True})
+    def chat_prompt(self, messages: Sequence[Message], contexts: Sequence[str] = ()) -> Prompt:
+        """The conversation as the prompt that the model reads.
+
+        contexts: passages that stand between the beginning of the last message and its text, a blank line after each;
+        the prompt names the parts, so that a technique may treat them apart. Without one they are read in a row.
+        Raises `RequestError` if the last message is not a user's text.
+        """
+        if isinstance(contexts, str):
+            raise RequestError("contexts is one text; give a list of texts")
+        turns = [dict(m) for m in messages]
+        if not contexts:
+            return Prompt(text=self.tokenizer.apply_chat(turns), extra={"templated": True})
+        question = turns[-1].get("content") if turns else None
+        if not isinstance(question, str) or turns[-1].get("role") != "user":
+            raise RequestError("contexts need a last message of the user that asks about them")
+        mark = "[contexts]"
+        while any(mark in str(turn.get("content")) for turn in turns):
+            mark = f"[{mark}]"
+        turns[-1]["content"] = mark + question
+        head, found, tail = self.tokenizer.apply_chat(turns).partition(mark)
+        if not found:
+            raise RequestError("this model's chat template changes its messages: contexts have no place in it")
+        return Prompt(
+            head=head,
+            contexts=tuple(f"{text.strip()}\n\n" for text in contexts),
+            tail=tail,
+            question=question,
+            extra={"templated": True},
+        )
 
     def answer_jobs(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Completion | HastenError]]:
         """Run the requests of a batch file, continuously batched; each comes back as soon as it is finished."""
@@ -240,6 +278,8 @@ class LLM:
             self.engine.cache.store.clear()
             if self.engine.parts.drafter is not None:
                 self.engine.parts.drafter.forget_prefixes()
+            for transform in self.engine.parts.transforms:
+                transform.forget_prefixes()
 
     def __enter__(self) -> LLM:
         return self

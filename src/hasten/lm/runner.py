@@ -232,6 +232,7 @@ class _Step:
             sequence_ids=tuple(c.kv.id for c in self.chunks),
             layers=by_layer,
             trees={s: chunk.tree for s, chunk in enumerate(self.chunks) if chunk.tree},
+            extents={s: chunk.kv.extents for s, chunk in enumerate(self.chunks) if chunk.kv.extents},
         )
 
     def layout_of(self, layer: int) -> StepLayout:

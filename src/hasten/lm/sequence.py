@@ -25,7 +25,7 @@ from hasten.lm.request import (
 )
 
 if TYPE_CHECKING:
-    from hasten.lm.context.transform import Prompt
+    from hasten.lm.context.transform import Prompt, PromptTransform
     from hasten.lm.decoding.speculate import Proposal
     from hasten.lm.processors import LogitProcessor
     from hasten.lm.text import TextStream
@@ -102,7 +102,8 @@ class Sequence:
 class Request:
     """One call of `Engine.submit`. ``deltas`` fills as the engine steps; ``completion`` is ready when done.
 
-    failure: the exception that ended the request, when its finish reason is ``error``.
+    failure: the exception that ended the request, when its finish reason is ``error``. transforms: what made its prompt
+    and may mend its answer's text.
     """
 
     id: int
@@ -114,6 +115,7 @@ class Request:
     on_delta: Callable[[Delta], None] | None = None
     ledger: Ledger = field(default_factory=Ledger)
     failure: Exception | None = None
+    transforms: tuple[PromptTransform, ...] = ()
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -133,6 +135,12 @@ class Request:
         if self.on_delta is not None:
             self.on_delta(delta)
 
+    def _answer(self, text: str) -> str:
+        if self.done:
+            for transform in reversed(self.transforms):
+                text = transform.on_answer(self.prompt, text)
+        return text
+
     def completion(self) -> Completion:
         """What the request produced (so far, if it is not done)."""
         now = self.finished_at if self.finished_at is not None else time.perf_counter()
@@ -145,7 +153,7 @@ class Request:
             samples=tuple(
                 Sample(
                     tuple(s.output_ids),
-                    s.text.text,
+                    self._answer(s.text.text),
                     s.finish or FinishReason.CANCELLED,
                     tuple(s.logprobs),
                     error if s.finish is FinishReason.ERROR else None,

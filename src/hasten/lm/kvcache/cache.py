@@ -13,13 +13,14 @@ Legend: N pages of the pool, M pages per sequence, P page size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hasten.attention.layout import Extent
 from hasten.attention.policy import SidecarSpec
 from hasten.core.errors import SettingError, UnsupportedError
 from hasten.lm.kvcache.format import KVFormat
@@ -39,9 +40,10 @@ class SequenceKV:
     pages: page ids in token order; may reach further than ``length`` (reserved ahead).
     row: the sequence's row of the shared page table, -1 while it is not running.
     missing: int64 [L], cached tokens that each layer lacks, or None for none.
-    floor: the sequence cannot be truncated below this length (rows were dropped before it).
+    floor: the sequence cannot be truncated below this length (its tokens before it cannot be computed again).
     segments: where the parts of its prompt end, in tokens (see `PrefixStore`).
     asked: the tokens it was opened with, and how many were stored, until the store hears that it runs.
+    extents: where the pages it was opened with hold tokens (`States`).
     """
 
     id: int
@@ -52,6 +54,18 @@ class SequenceKV:
     floor: int = 0
     segments: Sequence[int] = ()
     asked: tuple[Sequence[int], int] | None = None
+    extents: tuple[Extent, ...] = ()
+
+
+@dataclass(frozen=True)
+class States:
+    """Keys and values computed apart from the sequence that starts with them.
+
+    pages: whole pages, in the order in which the sequence has them. extents: the slots of them that hold tokens.
+    """
+
+    pages: tuple[int, ...]
+    extents: tuple[Extent, ...]
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,8 @@ class Snapshot:
 class KVCache:
     """Pages, sidecars, prefix store and the page table of running sequences, for one loaded model.
 
-    rows: most sequences that run at once. table_RM: int32 page table, -1 past a sequence's pages, kept up to date
+    rows: most sequences that run at once; one more row is for what `attach` puts aside. evictors: release up to so many
+    pages that nobody uses and return how many, asked after the prefix store. table_RM: int32 page table, -1 past a sequence's pages, kept up to date
     as pages come and go so that no step rebuilds it.
     """
 
@@ -92,7 +107,9 @@ class KVCache:
         store.bind(self.pool, format, page_size, self.sidecars)
         self.page_bytes = bytes_of_page(format, sidecars, layers, page_size, shape)
         self.context = min(context, pages * page_size)
-        self.table_RM: NDArray[np.int32] = np.full((rows, -(-self.context // page_size)), -1, dtype=np.int32)
+        self.evictors: list[Callable[[int], int]] = []
+        width = -(-self.context // page_size)
+        self.table_RM: NDArray[np.int32] = np.full((rows + 1, width), -1, dtype=np.int32)
         self._free_rows = list(range(rows - 1, -1, -1))
         self._absent: frozenset[int] = frozenset()  # layers that stored pages lack altogether
 
@@ -103,12 +120,22 @@ class KVCache:
         return len(self._free_rows)
 
     def open(
-        self, sequence_id: int, token_ids: Sequence[int] = (), segments: Sequence[int] = ()
+        self,
+        sequence_id: int,
+        token_ids: Sequence[int] = (),
+        segments: Sequence[int] = (),
+        states: States | None = None,
     ) -> SequenceKV:
-        """A sequence that starts with the pages of the longest stored prefix of ``token_ids``.
+        """A sequence that starts with the pages of the longest stored prefix of ``token_ids``, or with ``states``.
 
         At least the last token stays to be computed: its logits are needed. segments: where the prompt's parts end.
         """
+        if states is not None:
+            self.pool.retain(states.pages)
+            length = len(states.pages) * self.page_size
+            return SequenceKV(
+                sequence_id, length, list(states.pages), floor=length, extents=states.extents
+            )
         pages: list[int] = []
         if token_ids:
             whole = (len(token_ids) - 1) // self.page_size * self.page_size
@@ -122,9 +149,12 @@ class KVCache:
             kv.missing[list(self._absent)] = kv.length
         return kv
 
-    def attach(self, kv: SequenceKV) -> None:
-        """Give a sequence a row of the page table; needed to run. ``free_rows`` must not be 0."""
-        kv.row = self._free_rows.pop()
+    def attach(self, kv: SequenceKV, aside: bool = False) -> None:
+        """Give a sequence a row of the page table; needed to run. ``free_rows`` must not be 0.
+
+        aside: the one row that no request uses, for a sequence that is computed and detached between two steps.
+        """
+        kv.row = len(self.table_RM) - 1 if aside else self._free_rows.pop()
         self.table_RM[kv.row, : len(kv.pages)] = kv.pages
         if kv.asked is not None:
             self.store.accessed(kv.asked[0], kv.segments, kv.asked[1])
@@ -133,14 +163,15 @@ class KVCache:
     def detach(self, kv: SequenceKV) -> None:
         if kv.row != _NO_ROW:
             self.table_RM[kv.row] = -1
-            self._free_rows.append(kv.row)
+            if kv.row != len(self.table_RM) - 1:
+                self._free_rows.append(kv.row)
             kv.row = _NO_ROW
 
     def close(self, kv: SequenceKV) -> None:
         """Release the sequence's pages and row. Pages that the prefix store also holds stay."""
         self.detach(kv)
         self.pool.release(kv.pages)
-        kv.pages, kv.length, kv.missing, kv.floor = [], 0, None, 0
+        kv.pages, kv.length, kv.missing, kv.floor, kv.extents = [], 0, None, 0, ()
 
     # -- growing and shrinking -----------------------------------------------------------------------------------
 
@@ -158,7 +189,8 @@ class KVCache:
                 shared += [i for i in range(low, min(high, have)) if refs[pages[i]] > 1 and i not in shared]
         need = max(0, want - have) + len(shared)
         if need > self.pool.free:
-            self.store.evict(need - self.pool.free)
+            for evict in (self.store.evict, *self.evictors):
+                evict(max(0, need - self.pool.free))
             if need > self.pool.free:
                 return False
         for i in shared:
@@ -185,7 +217,8 @@ class KVCache:
         """Forget the tokens from ``length`` on and release the pages that held only those."""
         if length < kv.floor:
             raise UnsupportedError(
-                f"sequence {kv.id} cannot be cut to {length} tokens: a layer hook dropped rows before token {kv.floor}"
+                f"sequence {kv.id} cannot be cut to {length} tokens: those before token {kv.floor} cannot be computed "
+                "again (a layer hook dropped rows, or they came with the prompt as states)"
             )
         keep = -(-length // self.page_size)
         if keep < len(kv.pages):
@@ -221,9 +254,15 @@ class KVCache:
     def fork(self, kv: SequenceKV, sequence_id: int) -> SequenceKV:
         """A second sequence with the same tokens, sharing every page until one of the two writes."""
         seen = self.snapshot(kv)
-        forked = SequenceKV(sequence_id, seen.length, list(seen.pages), missing=seen.missing, floor=seen.floor)
-        forked.segments = kv.segments
-        return forked
+        return SequenceKV(
+            sequence_id,
+            seen.length,
+            list(seen.pages),
+            missing=seen.missing,
+            floor=seen.floor,
+            segments=kv.segments,
+            extents=kv.extents,
+        )
 
     def offer_prefix(self, kv: SequenceKV, token_ids: Sequence[int]) -> None:
         """Let the prefix store keep the whole pages of the sequence's first ``len(token_ids)`` tokens.

@@ -155,7 +155,7 @@ class QueueScheduler(Scheduler):
         opened = sequence.kv is None
         if sequence.kv is None:
             tokens = sequence.token_ids if sequence.request.plain else ()
-            sequence.kv = self.cache.open(sequence.id, tokens, sequence.segments)
+            sequence.kv = self.cache.open(sequence.id, tokens, sequence.segments, sequence.request.prompt.states)
         start = sequence.computed
         # A page more than the tokens need: who was preempted should not be so again at once.
         ahead = min(len(sequence.token_ids) + self.cache.page_size, self.cache.context)
