@@ -166,3 +166,33 @@ def test_json_says_what_drafting_did(generate):
     assert done["rounds"] > 0
     assert 0 <= done["accepted"] <= done["drafted"]
     assert done["acceptance_length"] == pytest.approx(1 + done["accepted"] / done["rounds"], abs=1e-3)
+
+
+def test_contexts_are_files_that_the_prompt_asks_about(generate, llm, tmp_path):
+    (tmp_path / "ä.md").write_text("Rivers run to the sea.\n", encoding="utf-8")
+    (tmp_path / "b.md").write_text("Foxes jump.\n", encoding="utf-8")
+    files = ("--context", str(tmp_path / "ä.md"), "-c", str(tmp_path / "b.md"))
+    out = generate("What do foxes do?", *files, "--json", "--max-tokens", "4")
+    prompt = llm.chat_prompt(
+        [{"role": "user", "content": "What do foxes do?"}], ["Rivers run to the sea.", "Foxes jump."]
+    )
+    assert json.loads(out)["prompt_token_ids"] == llm.tokenizer.encode(prompt.joined())
+    ape = json.loads(generate("What do foxes do?", *files, "--json", "--max-tokens", "4", "--use", "ape"))
+    assert len(ape["token_ids"]) == 4
+    assert ape["token_ids"] == list(
+        LLM(llm.plan.model, use=["ape"], dtype="float32").chat(
+            [{"role": "user", "content": "What do foxes do?"}],
+            SamplingParams(max_tokens=4, temperature=0),
+            contexts=["Rivers run to the sea.", "Foxes jump."],
+        ).token_ids
+    )
+
+
+def test_contexts_that_cannot_be_read_are_named(generate, tmp_path):
+    (tmp_path / "bad").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RequestError, match="bad is not valid UTF-8"):
+        generate("x", "--context", str(tmp_path / "bad"))
+    with pytest.raises(RequestError, match="missing cannot be read"):
+        generate("x", "--context", str(tmp_path / "missing"))
+    with pytest.raises(RequestError, match="--context needs the chat template"):
+        generate("x", "--raw", "--context", str(tmp_path / "bad"))

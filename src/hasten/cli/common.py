@@ -92,3 +92,17 @@ def read_prompt(text: str) -> str:
             f"standard input is not valid UTF-8 ({error.reason} at byte {error.start}); "
             "convert it first, e.g. with iconv"
         ) from None
+
+
+def read_text(path: Path) -> str:
+    """A text file's content. Raises `RequestError` naming the file if there is none or it is not UTF-8."""
+    from hasten.core.errors import RequestError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path} is not valid UTF-8 ({error.reason} at byte {error.start}); convert it first, e.g. with iconv"
+        ) from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,10 @@ def generate(
         bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option("--system", help="System message (not with --raw).")] = None,
+    context: Annotated[
+        list[Path] | None,
+        typer.Option("--context", "-c", help="Text file that the prompt asks about. Repeatable. Not with --raw."),
+    ] = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Generate from a prompt.
@@ -38,6 +43,8 @@ def generate(
       hasten generate "def fib(n):" --raw --max-tokens 64 --dtype float32 --json
 
       cat notes.txt | hasten generate - --use adamas:budget=256
+
+      hasten generate "Which port does it use?" --context a.md --context b.md --use ape
     """
     from hasten.core.errors import IntegrityError, RequestError
     from hasten.lm.request import SamplingParams
@@ -45,6 +52,9 @@ def generate(
     text = common.read_prompt(prompt)
     if raw and system is not None:
         raise RequestError("--system needs the chat template; drop --raw or --system")
+    if raw and context:
+        raise RequestError("--context needs the chat template; drop --raw or --context")
+    contexts = [common.read_text(path) for path in context or ()]
     if not text and not raw:  # with --raw the model decides: some start from nothing but their start token
         raise RequestError("the prompt is empty: give some text")
     params = SamplingParams(
@@ -62,7 +72,7 @@ def generate(
     messages.append({"role": "user", "content": text})
     with common.open_llm(chosen) as llm:
         if as_json:
-            completion = llm.generate([text], params)[0] if raw else llm.chat(messages, params)
+            completion = llm.generate([text], params)[0] if raw else llm.chat(messages, params, contexts=contexts)
             (sample,) = completion.samples
             if sample.error is not None:
                 raise IntegrityError(sample.error)
@@ -86,7 +96,10 @@ def generate(
                 }
             )
             return
-        stream = llm.stream(text, params) if raw else llm.chat(messages, params, stream=True)
+        if raw:
+            stream = llm.stream(text, params)
+        else:
+            stream = llm.chat(messages, params, stream=True, contexts=contexts)
         for delta in stream:
             print(delta.text, end="", flush=True)
         print()

@@ -16,6 +16,7 @@ from torch import Tensor
 from hasten.core.errors import IntegrityError, RequestError
 from hasten.lm.chunk import Chunk
 from hasten.lm.engine import Engine
+from hasten.lm.intake import Given
 from hasten.lm.interrupt import deferred_interrupt
 from hasten.lm.kvcache.cache import SequenceKV
 from hasten.lm.request import Score
@@ -134,3 +135,46 @@ def _logprobs(logits_RV: Tensor, targets: Sequence[int]) -> list[float]:
     if not all(value == value and abs(value) != float("inf") for value in logprob_R):
         raise IntegrityError("the model's logits are not finite (NaN or infinity in weights or activations)")
     return list(logprob_R)
+
+
+def answer_logprobs(engine: Engine, given: Given, answer: Sequence[int]) -> Tensor:
+    """float32 [len(answer), V]: natural-log probabilities of the token at each place of ``answer``, after the prompt and
+    the answer's tokens before it.
+
+    The prompt goes through the plan's transforms, as one that is submitted does. Raises `RequestError` when it cannot
+    be served or finds no pages, `IntegrityError` for non-finite logits.
+    """
+    prompt = engine.intake.prompt(given)
+    if not answer:
+        raise RequestError("the answer is empty: give at least one token")
+    cache, count = engine.cache, len(prompt.token_ids)
+    if count + len(answer) > engine.context:
+        raise RequestError(
+            f"prompt and answer have {count + len(answer)} tokens, the context holds {engine.context}"
+        )
+    ids = [*prompt.token_ids, *answer[:-1]]
+    places: Sequence[int] = range(len(ids))
+    if prompt.position_ids is not None:
+        after = max(prompt.position_ids) + 1
+        places = [*prompt.position_ids, *range(after, after + len(answer) - 1)]
+    kv = cache.open(engine.new_id(), (), prompt.states)
+    try:
+        begin, rows = kv.length, engine.settings.max_step_tokens
+        if not cache.reserve(kv, begin, len(ids)):
+            raise RequestError("no KV pages are free for scoring: other requests are running")
+        cache.attach(kv, aside=True)
+        parts = []
+        for start in range(begin, len(ids), rows):
+            stop = min(start + rows, len(ids))
+            wanted = max(0, stop - max(start, count - 1))
+            chunk = Chunk(kv, start, ids[start:stop], places[start:stop], wanted)
+            with deferred_interrupt():
+                parts.append(engine.runner.run([chunk]))
+    finally:
+        with deferred_interrupt():
+            cache.close(kv)
+            engine.runner.forget(kv.id)
+    logits_AV = torch.cat(parts)
+    if not bool(logits_AV.isfinite().all()):
+        raise IntegrityError("the model's logits are not finite (NaN or infinity in weights or activations)")
+    return torch.log_softmax(logits_AV, -1)

@@ -19,6 +19,7 @@ _WORKLOADS = {
     "shared-prefix": "hasten.workloads.shared_prefix:SharedPrefix",
     "edit": "hasten.workloads.edit:Edit",
     "trace": "hasten.workloads.trace:Trace",
+    "document-qa": "hasten.workloads.document_qa:DocumentQA",
 }
 
 
