@@ -70,7 +70,7 @@ def logits(llm: LLM, prompt: Prompt, tail: Sequence[int] = ()) -> Tensor:
     """float32 [tokens of the question and ``tail``, V]: logits of a prompt's own tokens, then of ``tail``."""
     engine = llm.engine
     made = engine.intake.prompt(prompt)
-    kv = engine.cache.open(engine.new_id(), (), made.states)
+    kv = engine.cache.open(engine.new_id(), states=made.states)
     try:
         ids = [*made.token_ids[kv.length :], *tail]
         places = range(len(made.token_ids)) if made.position_ids is None else list(made.position_ids)
