@@ -327,10 +327,10 @@ struct HadamardSelector final : Selector {
     hadamard::append(k, stride, cut_k, codes, slot, rows, kv_heads, size, page_size);
   }
   void choose(const float* q, std::int64_t stride, int rows, const std::int32_t* table, int width,
-              const std::int32_t* length, std::int32_t* index, std::int32_t* count) const override {
+              const std::int32_t* length, int most, std::int32_t* index, std::int32_t* count) const override {
     const Shape s{rows, heads, kv_heads, page_size, size / 4, width};
     nearest(s, q, stride, cut_q, {nullptr, codes, table, length, corrected}, choices != kv_heads || heads == kv_heads,
-            budget, index, count);
+            most, index, count);
   }
 };
 

@@ -206,7 +206,7 @@ std::vector<std::int64_t> decode_step(const nb::capsule& handle, const std::vect
     const auto hidden = static_cast<std::size_t>(ends.hidden);
     float* x = grown(x_memory, rows * hidden);
     for (std::size_t i = 0; i < rows; ++i) ends.embed(id[i], x + i * hidden);
-    const Choosing choosing{r.selectors, r.table.data(), r.length.data(), r.width, shortest};
+    const Choosing choosing{r.selectors, r.table.data(), r.length.data(), r.width, longest, shortest};
     found = run_stack(stack, x, r.rows, slot.data(), tables, r.reads, r.selectors.empty() ? nullptr : &choosing);
     rms_norm(x, ends.hidden, r.rows, ends.hidden, ends.norm, ends.eps, x, ends.hidden);
     float* logits = reinterpret_cast<float*>(logits_address);

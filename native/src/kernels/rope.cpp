@@ -10,13 +10,7 @@ namespace hasten {
 namespace {
 
 using rope::Rows;
-
-std::uint16_t to_bf16(float x) {  // round to nearest even, as torch does
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
-  return static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
+using rope::to_bf16;
 
 void rotate(float* x, const float* cos, const float* sin, int half) {
   int i = 0;

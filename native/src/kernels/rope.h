@@ -2,11 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "hasten.h"
 #include "pages.h"
 
 namespace hasten::rope {
+
+inline std::uint16_t to_bf16(float x) {  // round to nearest even, as torch does
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
+  return static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
 
 struct Rows {  // float rows of `heads` heads; rows lie `stride` floats apart (they may be slices of a fused projection)
   float* data;

@@ -11,15 +11,17 @@ namespace hasten {
 
 struct Selector {
   int heads = 0, kv_heads = 0, size = 0, pages = 0, page_size = 0;
-  int budget = 0;   // tokens a choice has at most; rows that see no more read densely
+  int budget = 0;   // rows that see no more tokens read densely
   int choices = 0;  // of a row: its kv heads or its query heads
   virtual ~Selector() = default;
+  // Tokens a choice has at most, in a step whose longest row sees `longest`.
+  virtual int most(int longest) const { return longest < budget ? longest : budget; }
   // The rotated keys of `rows` rows [kv_heads][size], `stride` floats apart, were cached at `slot`.
   virtual void append(const float* k, std::int64_t stride, const std::int64_t* slot, int rows) const = 0;
-  // index[rows][choices][budget], ascending, and count[rows][choices], for rotated queries [heads][size] of rows that see
-  // `length` tokens in the pages table[rows][width]. Slots and pages have been checked.
+  // index[rows][choices][most], ascending, and count[rows][choices], for rotated queries [heads][size] of rows that see
+  // `length` tokens in the pages table[rows][width]; most: that of the longest. Slots and pages have been checked.
   virtual void choose(const float* q, std::int64_t stride, int rows, const std::int32_t* table, int width,
-                      const std::int32_t* length, std::int32_t* index, std::int32_t* count) const = 0;
+                      const std::int32_t* length, int most, std::int32_t* index, std::int32_t* count) const = 0;
 };
 
 inline constexpr const char* kSelectorName = "hasten.selector";

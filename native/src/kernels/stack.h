@@ -46,6 +46,7 @@ struct Choosing {
   std::vector<const Selector*> selector;
   const std::int32_t *table, *length;  // pages [rows][width] and tokens of the rows
   int width;
+  int longest;
   int shortest;  // of the lengths: layers whose budget exceeds it read densely (keys are noted all the same)
 };
 

@@ -73,12 +73,14 @@ bool run_stack(const Stack& stack, float* x, int rows, const std::int64_t* slot,
     if (selector != nullptr) selector->append(k, width, slot, rows);
     if (selector != nullptr && choosing->shortest > selector->budget) {
       const std::size_t choices = static_cast<std::size_t>(rows) * selector->choices;
-      std::int32_t* index = grown(index_memory, choices * selector->budget);
+      const int most = selector->most(choosing->longest);
+      std::int32_t* index = grown(index_memory, choices * most);
       std::int32_t* count = grown(count_memory, choices);
-      selector->choose(qkv, width, rows, choosing->table, choosing->width, choosing->length, index, count);
+      selector->choose(qkv, width, rows, choosing->table, choosing->width, choosing->length, most, index,
+                       count);
       const attend::Chosen chosen{qkv, width, layer.k, layer.v, choosing->table, index, count, b.heads, b.kv_heads, b.size,
                                   static_cast<int>(stack.pages), stack.page, choosing->width, selector->choices,
-                                  selector->budget, read.scale, read.softcap};
+                                  most, read.scale, read.softcap};
       if (!attend::tokens(chosen, rows, stack.kind, out, row_lse)) return false;
     } else {
       const attend::Call call{qkv, width, layer.k, layer.v, out, row_lse, part, lse, b.heads, b.kv_heads, b.size,

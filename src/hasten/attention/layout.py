@@ -60,6 +60,7 @@ class StepLayout:
         for the row before the nodes. A node sees what the row before the nodes sees, its ancestors and itself.
     extents: by sequence (0..S-1), where its first pages hold tokens (`KVCache.open` with states). The slots between
         extents hold nothing and are never read; the sequence's own tokens begin at the page after the last extent.
+    recomputed: sequences (0..S-1) whose rows are cached tokens computed again in place; they read densely.
     """
 
     query_start_S1: Tensor
@@ -72,6 +73,7 @@ class StepLayout:
     layers: Mapping[int, StepLayout] = field(default_factory=dict)
     trees: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     extents: Mapping[int, tuple[Extent, ...]] = field(default_factory=dict)
+    recomputed: frozenset[int] = frozenset()
 
     def layer(self, index: int) -> StepLayout:
         """The layout that layer ``index`` sees."""
@@ -86,8 +88,11 @@ class StepLayout:
         return len(self.sequence_ids)
 
     def decode_rows(self) -> Tensor:
-        """bool [S]: sequences that bring exactly one row (decode), not a prefill chunk."""
-        return (self.query_start_S1[1:] - self.query_start_S1[:-1]) == 1
+        """bool [S]: sequences that bring exactly one row, a new one (decode), not a prefill chunk."""
+        one_S = (self.query_start_S1[1:] - self.query_start_S1[:-1]) == 1
+        if self.recomputed:
+            one_S[list(self.recomputed)] = False
+        return one_S
 
     def row_sequence_T(self) -> Tensor:
         """int64 [T]: the sequence (0..S-1) of each row."""

@@ -23,15 +23,16 @@ from hasten.kernels.decode import Selector
 
 @dataclass(frozen=True)
 class SidecarSpec:
-    """Extra storage per cached token (``per="token"``) or per page, living and dying with the page.
+    """Extra storage per cached token (``per="token"``), per page, or per so many tokens, living and dying with the page.
 
-    The cache allocates one tensor per layer: [N, kv_heads, P, *shape] (token) or [N, kv_heads, *shape] (page).
+    The cache allocates one tensor per layer: [N, kv_heads, P, *shape] (token), [N, kv_heads, *shape] (page) or, for a
+    number that has to divide the page size, [N, kv_heads, P / per, *shape].
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    per: str = "token"
+    per: str | int = "token"
     layers: tuple[int, ...] | None = None  # None: every layer
 
 
@@ -77,11 +78,28 @@ class BlockSelection:
     permutation_XT: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Repair:
+    """What a policy asks of the scheduler: tokens that decode rows have cached are computed again, densely and in place.
+
+    every: after so many tokens of a sequence. dense: contexts of up to so many tokens are read densely in any case.
+    """
+
+    every: int
+    dense: int = 0
+
+
 Selection = Dense | DenseScores | TokenSelection | tuple[BlockSelection, ...]
 
 
 class AttentionPolicy(ABC):
     """Decides per step and layer which cached tokens the rows read. One instance per loaded model."""
+
+    @property
+    def repair(self) -> Repair | None:
+        """Whether, and how often, the scheduler has cached tokens computed again; those rows are
+        `StepLayout.recomputed` and read densely. None: never."""
+        return None
 
     def sidecars(self) -> tuple[SidecarSpec, ...]:
         """Storage the policy wants beside the pages. Asked once, before the cache is allocated."""

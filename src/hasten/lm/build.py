@@ -146,13 +146,20 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         beside=0 if drafter is None else drafter.page_bytes(settings.page_size),
     )
     runner = Runner(decoder, cache, kernel, policy, providers.all("layer_hook"))
+    scheduler = providers.one("scheduler") or ContinuousBatching()
+    if policy is not None and policy.repair is not None and not scheduler.repairs:
+        repairing, other = (plan.filling(slot)[0].slug for slot in ("attention_policy", "scheduler"))
+        raise ConflictError(
+            f"{repairing} has cached tokens computed again, which {other} does not schedule; "
+            f"remove {other} or have {repairing} never repair"
+        )
     if verifier is not None and drafter is None:
         slug = plan.filling("verifier")[0].slug
         raise ConflictError(
             f"{slug} verifies drafts but nothing proposes any; add a drafter or remove {slug}"
         )
     parts = Parts(
-        scheduler=providers.one("scheduler") or ContinuousBatching(),
+        scheduler=scheduler,
         transforms=providers.all("prompt_transform"),
         drafter=drafter,
         verifier=verifier or ExactVerifier(),

@@ -56,6 +56,7 @@ class Engine:
         self.runner, self.tokenizer, self.settings, self.parts = runner, tokenizer, settings, parts
         self.cache: KVCache = runner.cache
         self.scheduler = parts.scheduler
+        self.scheduler.policy = runner.policy
         self.scheduler.bind(self.cache, settings)
         self.scheduler.calibrate(runner)
         if parts.drafter is not None:

@@ -30,6 +30,7 @@ from hasten.kernels.decode import Selector
 from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
 from hasten.lm.layers.hook import LayerHook
+from hasten.lm.kvcache.repair import note_exact
 from hasten.lm.native import DecodeRound, Layer, NativeStack, native_layers, native_logits
 from hasten.models.decoder import Decoder
 
@@ -194,6 +195,7 @@ class _Step:
         self.lost_LS: NDArray[np.int64] | None = None
         if any(c.kv.missing is not None for c in chunks):
             self._track()
+        self.recomputed = frozenset(s for s, c in enumerate(chunks) if c.start < c.kv.length)
         self.by_layer: dict[int, StepLayout] = {}
         self._layouts: dict[bytes, StepLayout] = {}
         self.layout = self._layout(self.start_S, self.count_S, self.position_T, self.by_layer)
@@ -233,6 +235,7 @@ class _Step:
             layers=by_layer,
             trees={s: chunk.tree for s, chunk in enumerate(self.chunks) if chunk.tree},
             extents={s: chunk.kv.extents for s, chunk in enumerate(self.chunks) if chunk.kv.extents},
+            recomputed=self.recomputed,
         )
 
     def layout_of(self, layer: int) -> StepLayout:
@@ -352,8 +355,11 @@ class _Step:
 
     def commit(self) -> None:
         """The rows are cached: advance the sequences."""
+        repair = None if self.policy is None else self.policy.repair
         for s, chunk in enumerate(self.chunks):
             kv = chunk.kv
+            if repair is not None:
+                note_exact(kv, repair, chunk.start, len(chunk.token_ids))
             kv.length = max(kv.length, chunk.start + len(chunk.token_ids))
             if self.lack_LS is not None and self.lost_LS is not None:
                 self._commit_missing(kv, chunk.start, self.lack_LS[:-1, s], self.lost_LS[:-1, s])

@@ -19,6 +19,7 @@ from hasten.lm.engine import Engine
 from hasten.lm.intake import Given
 from hasten.lm.interrupt import deferred_interrupt
 from hasten.lm.kvcache.cache import SequenceKV
+from hasten.lm.kvcache.repair import repair_from
 from hasten.lm.request import Score
 
 Mode = Literal["prefill", "decode"]
@@ -108,7 +109,19 @@ def _run(engine: Engine, group: Sequence[_Job], first: int, mode: Mode, rows: in
     if mode == "decode":
         longest = max(len(job.token_ids) for job in group)
         for index in range(first, longest - 1):
+            _repair(engine, group)
             _feed(engine, [(job, index, index + 1, 1) for job in group if index < len(job.token_ids) - 1])
+
+
+def _repair(engine: Engine, group: Sequence[_Job]) -> None:
+    """Compute again what the attention policy wants to have computed again, as the scheduler does between tokens."""
+    repair = None if engine.runner.policy is None else engine.runner.policy.repair
+    if repair is None:
+        return
+    for job in group:
+        assert job.kv is not None
+        if (start := repair_from(job.kv, repair)) is not None:
+            _feed(engine, [(job, start, job.kv.length, 0)])
 
 
 def _feed(engine: Engine, pieces: Sequence[tuple[_Job, int, int, int]]) -> None:

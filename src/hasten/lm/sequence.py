@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 import time
+import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,6 +91,12 @@ class Sequence:
     @property
     def output_length(self) -> int:
         return len(self.token_ids) - self.prompt_length
+
+    @cached_property
+    def phase(self) -> int:
+        """A number that spreads over sequences and is the same in every run: who takes turns does so by it."""
+        prompt = self.token_ids[: self.prompt_length]
+        return zlib.crc32(array("q", prompt).tobytes()) + 97 * self.index
 
     def positions(self, start: int, stop: int) -> SequenceOf[int]:
         """Rotary positions of tokens [start, stop): the prompt's own ones, then counting on."""

@@ -44,6 +44,8 @@ class SequenceKV:
     segments: where the parts of its prompt end, in tokens (see `PrefixStore`).
     asked: the tokens it was opened with, and how many were stored, until the store hears that it runs.
     extents: where the pages it was opened with hold tokens (`States`).
+    exact: under a policy that repairs (`AttentionPolicy.repair`), the leading tokens that were computed densely from
+        such tokens; None while nobody keeps track.
     """
 
     id: int
@@ -55,6 +57,7 @@ class SequenceKV:
     segments: Sequence[int] = ()
     asked: tuple[Sequence[int], int] | None = None
     extents: tuple[Extent, ...] = ()
+    exact: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Snapshot:
     pages: tuple[int, ...]
     missing: NDArray[np.int64] | None
     floor: int
+    exact: int | None = None
 
 
 class KVCache:
@@ -171,7 +175,7 @@ class KVCache:
         """Release the sequence's pages and row. Pages that the prefix store also holds stay."""
         self.detach(kv)
         self.pool.release(kv.pages)
-        kv.pages, kv.length, kv.missing, kv.floor, kv.extents = [], 0, None, 0, ()
+        kv.pages, kv.length, kv.missing, kv.floor, kv.extents, kv.exact = [], 0, None, 0, (), None
 
     # -- growing and shrinking -----------------------------------------------------------------------------------
 
@@ -229,6 +233,8 @@ class KVCache:
         if kv.missing is not None:
             kv.missing[kv.missing == kv.length] = min(kv.length, length)
         kv.length = min(kv.length, length)
+        if kv.exact is not None:
+            kv.exact = min(kv.exact, length)
 
     # -- sharing -------------------------------------------------------------------------------------------------
 
@@ -236,7 +242,9 @@ class KVCache:
         """Pin the sequence's state. Whoever takes a snapshot releases it (`release`)."""
         pages = tuple(kv.pages[: -(-kv.length // self.page_size)])
         self.pool.retain(pages)
-        return Snapshot(kv.length, pages, None if kv.missing is None else kv.missing.copy(), kv.floor)
+        return Snapshot(
+            kv.length, pages, None if kv.missing is None else kv.missing.copy(), kv.floor, kv.exact
+        )
 
     def release(self, snapshot: Snapshot) -> None:
         self.pool.release(snapshot.pages)
@@ -246,6 +254,7 @@ class KVCache:
         self.pool.retain(snapshot.pages)
         self.pool.release(kv.pages)
         kv.pages, kv.length, kv.floor = list(snapshot.pages), snapshot.length, snapshot.floor
+        kv.exact = snapshot.exact
         kv.missing = None if snapshot.missing is None else snapshot.missing.copy()
         if kv.row != _NO_ROW:
             self.table_RM[kv.row] = -1
@@ -262,12 +271,14 @@ class KVCache:
             floor=seen.floor,
             segments=kv.segments,
             extents=kv.extents,
+            exact=seen.exact,
         )
 
     def offer_prefix(self, kv: SequenceKV, token_ids: Sequence[int]) -> None:
         """Let the prefix store keep the whole pages of the sequence's first ``len(token_ids)`` tokens.
 
-        Pages that lack some tokens of a layer are not offered; a layer that never attends is no obstacle.
+        Pages that lack some tokens of a layer are not offered; a layer that never attends is no obstacle. Nor are those
+        whose repair is still to come.
         """
         absent: frozenset[int] = frozenset()
         if kv.missing is not None:
@@ -277,7 +288,8 @@ class KVCache:
         if self.store.empty:
             self._absent = absent
         if absent == self._absent:
-            whole = min(len(token_ids), kv.length) // self.page_size
+            sound = kv.length if kv.exact is None else kv.exact
+            whole = min(len(token_ids), sound) // self.page_size
             self.store.insert(token_ids[: whole * self.page_size], kv.pages[:whole], kv.segments)
 
     def _own(self, kv: SequenceKV, i: int) -> None:

@@ -25,7 +25,8 @@ def page_bytes(specs: Sequence[SidecarSpec], layers: int, page_size: int, shape:
 
 
 class Sidecars:
-    """The tensors: ``tensors[name][layer]`` is [N, G, P, *shape] (per token) or [N, G, *shape] (per page).
+    """The tensors: ``tensors[name][layer]`` is [N, G, P, *shape] (per token), [N, G, *shape] (per page) or
+    [N, G, P / B, *shape] (per B tokens).
 
     Content starts undefined, like a page: what a policy reads it has written in `on_append`.
     """
@@ -66,7 +67,16 @@ def _page_shape(spec: SidecarSpec, page_size: int, shape: HeadShape) -> tuple[in
         return (shape.kv_heads, page_size, *spec.shape)
     if spec.per == "page":
         return (shape.kv_heads, *spec.shape)
-    raise UnsupportedError(f"sidecar {spec.name!r}: per = {spec.per!r} must be 'token' or 'page'")
+    if isinstance(spec.per, int) and spec.per > 0:
+        if page_size % spec.per:
+            raise UnsupportedError(
+                f"{spec.name} keeps blocks of {spec.per} tokens, which pages of {page_size} tokens do not hold whole; "
+                f"set page_size to a multiple of {spec.per}"
+            )
+        return (shape.kv_heads, page_size // spec.per, *spec.shape)
+    raise UnsupportedError(
+        f"sidecar {spec.name!r}: per = {spec.per!r} must be 'token', 'page' or a number of tokens"
+    )
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -38,6 +38,8 @@ class Step:
 class QueueScheduler(Scheduler):
     """Base of schedulers that differ in what a step holds only."""
 
+    repairs = True  # running sequences get their rows from `grow`
+
     def bind(self, cache: KVCache, settings: EngineSettings) -> None:
         super().bind(cache, settings)
         self._waiting: list[Sequence] = []
@@ -104,10 +106,11 @@ class QueueScheduler(Scheduler):
                 break
             if sequence.status is not Status.RUNNING:
                 continue  # lost its pages to one before it
-            if sequence.draft is not None and sequence.remaining > step.room:
+            stale = self.stale(sequence)
+            if sequence.draft is not None and (sequence.remaining > step.room or stale is not None):
                 sequence.draft = None
-            count = min(sequence.remaining, step.room)
-            start = sequence.computed
+            start = sequence.computed if stale is None else stale
+            count = min(sequence.remaining if stale is None else sequence.computed - stale, step.room)
             assert sequence.kv is not None
             while not self.cache.reserve(sequence.kv, start, start + count):
                 step.short = True

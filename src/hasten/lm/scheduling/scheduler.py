@@ -5,7 +5,8 @@ scheduler owns the queue, the rows of the page table and the pages of its sequen
 when pages run out, takes them away again (`Sequence.kv` closed, the sequence computed anew later).
 
 A scheduler may also ask for tokens to be computed again in place: a `Work` whose ``start`` lies before what is cached
-(after `KVCache.reserve` of the range, which copies shared pages).
+(after `KVCache.reserve` of the range, which copies shared pages). It has to where the attention policy repairs: a
+sequence whose `Scheduler.stale` is a token does nothing else before it is computed again from there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hasten.attention.policy import AttentionPolicy
 from hasten.lm.kvcache.cache import KVCache
+from hasten.lm.kvcache.repair import repair_from
 from hasten.lm.sequence import Sequence
 from hasten.lm.settings import EngineSettings
 
@@ -46,10 +49,21 @@ class Scheduler(ABC):
 
     stalls: whether decoding may stand still while a prompt is read (what is built to be fair does not).
     offline: whether it wants to know all requests of a job before the first of them runs.
+    repairs: whether `schedule` heeds `stale`; a plan whose policy repairs needs a scheduler that does.
+    policy: the engine's attention policy, set before `bind`.
     """
 
     stalls: ClassVar[bool] = False
     offline: ClassVar[bool] = False
+    repairs: ClassVar[bool] = False
+    policy: AttentionPolicy | None = None
+
+    def stale(self, sequence: Sequence) -> int | None:
+        """The first token that has to be computed again, up to the last cached one; None: the sequence may go on."""
+        repair = None if self.policy is None else self.policy.repair
+        if repair is None or sequence.kv is None:
+            return None
+        return repair_from(sequence.kv, repair, sequence.phase)
 
     def bind(self, cache: KVCache, settings: EngineSettings) -> None:
         """Called once before anything else."""
