@@ -23,7 +23,7 @@ from hasten.kernels.decode import Selector
 
 @dataclass(frozen=True)
 class SidecarSpec:
-    """Extra storage per cached token (``per="token"``), per page, or per so many tokens, living and dying with the page.
+    """Extra storage per cached token (``per="token"``), per page, or per so many tokens; lives and dies with the page.
 
     The cache allocates one tensor per layer: [N, kv_heads, P, *shape] (token), [N, kv_heads, *shape] (page) or, for a
     number that has to divide the page size, [N, kv_heads, P / per, *shape].
@@ -80,7 +80,7 @@ class BlockSelection:
 
 @dataclass(frozen=True)
 class Repair:
-    """What a policy asks of the scheduler: tokens that decode rows have cached are computed again, densely and in place.
+    """What a policy asks of the scheduler: what decode rows have cached is computed again, densely and in place.
 
     every: after so many tokens of a sequence. dense: contexts of up to so many tokens are read densely in any case.
     """

@@ -3,16 +3,16 @@
 Source: Sun et al., "Rectified Sparse Attention", 2025, arXiv 2506.04108.
 
 Decode rows (section 2.1) read the blocks of keys whose boxes promise the highest scores, one choice per kv head for all
-of its query heads. What they cache carries the error of what they did not read, and the error feeds on itself. So every
-``every`` tokens the sequence's last tokens are run again (section 2.2) as one chunk that reads densely: their keys and
-values are overwritten, the boxes made anew, the logits dropped. Tokens that were emitted stay. After a repair the cache is
-what a dense model would hold for the same tokens. Prefill is dense.
+of its query heads. What they cache carries the error of what they did not read, and the error feeds on itself. So
+every ``every`` tokens the sequence's last tokens are run again (section 2.2) as one chunk that reads densely: their
+keys and values are overwritten, the boxes made anew, the logits dropped. Tokens that were emitted stay. After a repair
+the cache is what a dense model would hold for the same tokens. Prefill is dense.
 
 `Rectified` adds the repair to any policy that is sparse for decode rows only; the scheduler carries it out
 (`AttentionPolicy.repair`).
 
-Legend: T rows, S sequences, R sparse rows, H query heads, G kv heads, D head size, N pages, P page size, M pages of a row,
-B block, W blocks, K tokens.
+Legend: T rows, S sequences, R sparse rows, H query heads, G kv heads, D head size, N pages, P page size,
+M pages of a row, B block, W blocks, K tokens.
 """
 
 from __future__ import annotations

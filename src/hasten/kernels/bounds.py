@@ -1,9 +1,9 @@
 """Blocks of keys and the boxes around them (ReSA, arXiv 2506.04108): append, rebuild, choose the most promising blocks.
 
-A block is B consecutive tokens of a sequence; B divides the page size. The sidecar [N, G, P / B, 2, D] holds the smallest
-and the largest value of every key coordinate of a block, float32 or bfloat16 like the pages (keys are rounded first, so
-that boxes in bfloat16 bound what bfloat16 pages hold). The score of a block is the most that the product of the query,
-averaged over the query heads of a kv head and scaled by D^-1/2, can be with any key in the box.
+A block is B consecutive tokens of a sequence; B divides the page size. The sidecar [N, G, P / B, 2, D] holds the
+smallest and the largest value of every key coordinate of a block, float32 or bfloat16 like the pages (keys are rounded
+first, so that boxes in bfloat16 bound what bfloat16 pages hold). The score of a block is the most that the product of
+the query, averaged over the query heads of a kv head and scaled by D^-1/2, can be with any key in the box.
 
 Legend: T rows, R decode rows, H query heads, G kv heads, D head size, N pages, P page size, M pages of a row, B block,
 W blocks to rebuild, K tokens of a choice.
@@ -27,8 +27,8 @@ __all__ = ["BoundsSelector", "KeepRule", "bounds_append", "bounds_choose", "boun
 
 @dataclass(frozen=True)
 class KeepRule:
-    """How many of a row's blocks are kept: ``ratio`` of them, rounded up, and at least ``least``; the last ``local`` ones
-    always. Raises ValueError for numbers that make no sense."""
+    """How many of a row's blocks are kept: ``ratio`` of them, rounded up, and at least ``least``; always the last
+    ``local`` ones. Raises ValueError for numbers that make no sense."""
 
     ratio: float
     least: int
@@ -71,8 +71,9 @@ def _pool(bounds: Tensor, page_size: int) -> tuple[int, bool, int, int, int, int
 
 
 def bounds_append(k_TGD: Tensor, slot_T: Tensor, bounds: Tensor, page_size: int) -> None:
-    """Widen the boxes of the blocks by keys float32 [T, G, D] cached at ``slot_T`` (int64); a block's first token begins
-    its box. Rows of one block come in the order of their slots. Raises ValueError or TypeError for what does not fit.
+    """Widen the boxes by keys float32 [T, G, D] cached at ``slot_T`` (int64); a block's first token begins its box.
+
+    Rows of one block come in the order of their slots. Raises ValueError or TypeError for what does not fit.
     """
     pool = _pool(bounds, page_size)
     rows, k_TGD = k_TGD.shape[0], k_TGD.contiguous()
@@ -101,7 +102,7 @@ def bounds_rebuild(k_NGPD: Tensor, block_W: Tensor, count_W: Tensor, bounds: Ten
 def bounds_choose(
     q_RHD: Tensor, table_RM: Tensor, length_R: Tensor, bounds: Tensor, page_size: int, rule: KeepRule
 ) -> tuple[Tensor, Tensor]:
-    """(index_RGK int32 ascending, count_RG int32): the tokens of the blocks with the highest scores, one choice per kv head.
+    """(index_RGK int32 ascending, count_RG int32): the tokens of the blocks with the highest scores, by kv head.
 
     q_RHD: rotated queries, float32. table_RM: int32 page ids; length_R: int32 >= 1, tokens that the rows see. Equal
     scores: the later block wins.

@@ -148,10 +148,10 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
     runner = Runner(decoder, cache, kernel, policy, providers.all("layer_hook"))
     scheduler = providers.one("scheduler") or ContinuousBatching()
     if policy is not None and policy.repair is not None and not scheduler.repairs:
-        repairing, other = (plan.filling(slot)[0].slug for slot in ("attention_policy", "scheduler"))
+        slug, other = plan.filling("attention_policy")[0].slug, type(scheduler).__name__
         raise ConflictError(
-            f"{repairing} has cached tokens computed again, which {other} does not schedule; "
-            f"remove {other} or have {repairing} never repair"
+            f"{slug} has cached tokens computed again, which {other} does not schedule; "
+            f"use another scheduler or have {slug} never repair"
         )
     if verifier is not None and drafter is None:
         slug = plan.filling("verifier")[0].slug

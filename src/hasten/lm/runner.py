@@ -29,8 +29,8 @@ from hasten.kernels.block import Reading
 from hasten.kernels.decode import Selector
 from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import KVCache, SequenceKV
-from hasten.lm.layers.hook import LayerHook
 from hasten.lm.kvcache.repair import note_exact
+from hasten.lm.layers.hook import LayerHook
 from hasten.lm.native import DecodeRound, Layer, NativeStack, native_layers, native_logits
 from hasten.models.decoder import Decoder
 

@@ -37,6 +37,6 @@ def bounds_rebuild(k_NGPD: Tensor, block_W: Tensor, count_W: Tensor, bounds: Ten
 
 def bounds_score(q_HD: Tensor, boxes_CG2D: Tensor) -> Tensor:
     """Scores float32 [G, blocks] of the boxes of one sequence."""
-    heads, size = q_HD.shape
+    size = q_HD.shape[1]
     q_GD = q_HD.view(boxes_CG2D.shape[1], -1, size).mean(1) * size**-0.5
     return (q_GD[None, :, None] * boxes_CG2D.float()).amax(2).sum(-1).T
