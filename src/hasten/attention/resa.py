@@ -107,7 +107,7 @@ class BlockPolicy(AttentionPolicy):
         heads: int,
         size: int,
     ) -> None:
-        self.rule, self.block, self.dtype = rule, block, dtype
+        self._rule, self.block, self.dtype = rule, block, dtype
         self.layers, self.heads, self.size = layers, heads, size
         self.bounds: Mapping[int, Tensor] = {}
         self._selectors: tuple[Selector | None, ...] = ()
@@ -116,6 +116,15 @@ class BlockPolicy(AttentionPolicy):
         )
         self._widening: Tensor | None = None  # rows of the step that widen boxes; None: all of them
         self._rebuilt: tuple[Tensor, Tensor] | None = None  # block_W, count_W that are made anew in this step
+
+    @property
+    def rule(self) -> bounds.KeepRule:
+        """Which blocks are read; may be changed between steps."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: bounds.KeepRule) -> None:
+        self._rule, self._selectors = rule, ()
 
     def sidecars(self) -> tuple[SidecarSpec, ...]:
         """Two keys' worth of numbers per block and kv head."""
