@@ -13,11 +13,14 @@ struct Packed {
 
   template <typename KV>
   void pack(const Tokens<KV>& tile, int tokens, int size, int padded) {
+    pack_keys(tile, tokens, size);
+    pack_values(tile, tokens, size, padded);
+  }
+
+  template <typename KV>
+  void pack_values(const Tokens<KV>& tile, int tokens, int size, int padded) {
     stride = padded;
-    k.resize(static_cast<std::size_t>(kTile) * size);
     v.resize(static_cast<std::size_t>(kTile) * padded);
-    const int filled = (tokens + kStrip - 1) / kStrip * kStrip;
-    pack_keys(tile, tokens, filled, size);
     for (int t = 0; t < tokens; ++t) {
       float* to = v.data() + static_cast<std::size_t>(t) * padded;
       copy_token(tile.v[t], size, to);
@@ -26,7 +29,9 @@ struct Packed {
   }
 
   template <typename KV>
-  void pack_keys(const Tokens<KV>& tile, int tokens, int filled, int size) {
+  void pack_keys(const Tokens<KV>& tile, int tokens, int size) {
+    k.resize(static_cast<std::size_t>(kTile) * size);
+    const int filled = (tokens + kStrip - 1) / kStrip * kStrip;
     float* base = k.data();
     auto place = [&](int t, int d) {
       return base + (static_cast<std::size_t>(t / kStrip) * size + d) * kStrip + t % kStrip;
@@ -144,9 +149,11 @@ inline void interleave(const State& st, int size, std::vector<float>& out) {
     }
 }
 
-// One packed tile for all rows of the state. `span` has an entry per padded row (padding: empty).
-template <typename Policy>
-void many_tile(State& st, const float* q, const Packed& tile, int size, const Span* span, const Policy& policy) {
+// One packed tile for all rows of the state. `span` has an entry per padded row (padding: empty). `scores(row, low, high, to)`
+// writes the scores of kGroup rows from `row` on against tokens [low, high) as rows of kTile floats. A policy may find what a
+// group of rows would add negligible; then nothing of the tile is added to them.
+template <typename Scores, typename Policy>
+void many_tile(State& st, const Packed& tile, const Span* span, const Policy& policy, const Scores& scores) {
   alignas(64) float score[kGroup * kTile];
   const int nv = st.stride / vf::width;
   for (int row = 0; row < st.count; row += kGroup) {
@@ -157,9 +164,9 @@ void many_tile(State& st, const float* q, const Packed& tile, int size, const Sp
       high = std::max(high, span[row + i].high);
     }
     if (low >= high) continue;
-    const float* x = q + static_cast<std::size_t>(row) * size;
-    for (int t = low - low % kStrip; t < high; t += kStrip)
-      many_scores(x, tile.k.data() + static_cast<std::size_t>(t) * size, size, score + t);
+    scores(row, low, high, score);
+    if constexpr (requires { policy.negligible(score, span + row, st.m.data() + row); })
+      if (policy.negligible(score, span + row, st.m.data() + row)) continue;
     float* o = st.o.data() + static_cast<std::size_t>(row) * st.stride;
     for (int i = 0; i < kGroup; ++i) {
       const float factor = policy.weights(score + i * kTile, low, high, span[row + i], row + i, st.m[row + i], st.l[row + i]);
@@ -170,6 +177,16 @@ void many_tile(State& st, const float* q, const Packed& tile, int size, const Sp
       many_values<2>(score, tile.v.data() + c * vf::width, low, high, o + c * vf::width, st.stride);
     if (c < nv) many_values<1>(score, tile.v.data() + c * vf::width, low, high, o + c * vf::width, st.stride);
   }
+}
+
+// Scores of packed keys and interleaved queries.
+template <typename Policy>
+void many_tile(State& st, const float* q, const Packed& tile, int size, const Span* span, const Policy& policy) {
+  many_tile(st, tile, span, policy, [&](int row, int low, int high, float* to) {
+    const float* x = q + static_cast<std::size_t>(row) * size;
+    for (int t = low - low % kStrip; t < high; t += kStrip)
+      many_scores(x, tile.k.data() + static_cast<std::size_t>(t) * size, size, to + t);
+  });
 }
 
 // Everything one task needs: the state of its query vectors and the scratch of either way through a tile.

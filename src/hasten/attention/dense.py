@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.attention.blocks import attend_blocks
+from hasten.attention.blocks import attend_selection
 from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
 from hasten.attention.pieces import (
@@ -194,7 +194,7 @@ class DenseKernel(AttentionKernel):
             part = plan.part(spec, sparse.tobytes())
             out, _ = part.attend(q_THD, pages.k_NGPD, pages.v_NGPD, spec.scale, spec.softcap)
         for choice, span in zip(selection, spans, strict=True):
-            out[span] = attend_blocks(plan.rows, choice, q_THD[span], pages, spec)
+            out[span] = attend_selection(plan.rows, choice, q_THD[span], pages, spec)
         return out
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+from hasten.kernels.block_list import Codes, Visits
 from hasten.kernels.decode import Selector
 
 
@@ -66,16 +67,24 @@ class TokenSelection:
 
 @dataclass(frozen=True)
 class BlockSelection:
-    """Block-sparse attention of prefill rows: block ``b`` covers ``block`` consecutive tokens.
+    """Block-sparse attention of the rows of one sequence: query blocks read the key blocks that are kept.
 
-    keep_XQB: bool [X, query blocks, key blocks] for the rows of one sequence; X is 1, G or H. The causal
-    diagonal block must be kept. permutation_XT (optional, int64) reorders rows and keys before blocking.
+    keep_XQB: bool [X, query blocks, key blocks]; X is 1, G or H. Key block ``b`` holds ``block`` tokens from ``b * block`` on,
+    query block ``i`` the rows at the i-th multiple of ``query_block`` (default: ``block``) positions that the rows touch.
+    Rows stay causal whatever is kept; each must be left something to read.
+    order_XL (optional, int32): places the cached tokens in another order before they are cut into blocks; they rise
+    within a block.
+    floor, codes, visits: see `hasten.kernels.block_list.attend_blocks`.
     """
 
     sequence: int
     block: int
     keep_XQB: Tensor
-    permutation_XT: Tensor | None = None
+    order_XL: Tensor | None = None
+    query_block: int | None = None
+    floor: float = 0.0
+    codes: Codes | None = None
+    visits: Visits | None = None
 
 
 @dataclass(frozen=True)
