@@ -89,6 +89,7 @@ class PbsPolicy(AttentionPolicy):
         if self._rows is None or spec.window is not None:
             return Dense()
         rows = self._rows if layout is self._layout else Rows.of(layout)  # hooks may have dropped rows
+        q_THD = q_THD.contiguous()
         found = []
         for s in self._sequences:
             begin, end = int(rows.start_S1[s]), int(rows.start_S1[s + 1])
