@@ -5,7 +5,7 @@
 // care in which order it meets them, a block lists its tokens by rising position. So what a row sees of a block is a
 // prefix of it, and causality under a permutation costs nothing.
 //
-// With `floor` < 0, a tile whose scores lie more than that below what a group of rows has seen (base 2) is left out: its
+// Where a head's `floor` is below 0, a tile whose scores lie more than that below what a group of rows has seen (base 2) is left out: its
 // weights could not change the result by more than 2^floor each (SpargeAttn section 3.4, lambda log2 e).
 // With codes, scores are integer products: queries are rounded to 8 bits per query block, keys come rounded per tile
 // (SageAttention; `quantise_keys`). Sums of products of 8-bit codes are exact in 32 bits for heads of up to 131072.
@@ -33,7 +33,8 @@ struct Call {
   const std::int32_t* order;         // [choices][length], or null for cache order
   const std::int16_t* codes;         // [groups][tiles][size / 2][kTile][2], or null
   const float* code_scale;           // [groups][tiles]
-  float scale, cap, floor;
+  const float* floor;                // [heads], or null
+  float scale, cap;
 
   int first() const { return cached.length - rows; }  // position of the first row
 };
@@ -116,26 +117,24 @@ inline void code_scores(const std::int16_t* q, const std::int16_t* k, int pairs,
     _mm512_storeu_ps(score + i * kTile + 16, _mm512_mul_ps(f, _mm512_cvtepi32_ps(acc[i][1])));
   }
 #elif defined(__AVX2__)
-  __m256i acc[kGroup][2];
-#pragma GCC unroll 8
-  for (int i = 0; i < kGroup; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
-  for (int d = 0; d < pairs; ++d, k += kTile * 2, q += kGroup * 2) {
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(k));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(k + 16));
-#pragma GCC unroll 8
-    for (int i = 0; i < kGroup; ++i) {
-      std::int32_t pair;
-      std::memcpy(&pair, q + i * 2, sizeof pair);
-      const __m256i x = _mm256_set1_epi32(pair);
-      acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(x, a));
-      acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(x, b));
-    }
-  }
+  // One vector of keys at a time: two would need 12 sums, and with them GCC runs out of registers.
   const __m256 f = _mm256_set1_ps(factor);
+  for (int half = 0; half < kStrip; half += 8) {
+    __m256i acc[kGroup];
 #pragma GCC unroll 8
-  for (int i = 0; i < kGroup; ++i) {
-    _mm256_storeu_ps(score + i * kTile, _mm256_mul_ps(f, _mm256_cvtepi32_ps(acc[i][0])));
-    _mm256_storeu_ps(score + i * kTile + 8, _mm256_mul_ps(f, _mm256_cvtepi32_ps(acc[i][1])));
+    for (int i = 0; i < kGroup; ++i) acc[i] = _mm256_setzero_si256();
+    for (int d = 0; d < pairs; ++d) {
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(k + (d * kTile + half) * 2));
+#pragma GCC unroll 8
+      for (int i = 0; i < kGroup; ++i) {
+        std::int32_t pair;
+        std::memcpy(&pair, q + (d * kGroup + i) * 2, sizeof pair);
+        acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(_mm256_set1_epi32(pair), a));
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i)
+      _mm256_storeu_ps(score + i * kTile + half, _mm256_mul_ps(f, _mm256_cvtepi32_ps(acc[i])));
   }
 #else
   for (int i = 0; i < kGroup; ++i)
@@ -170,7 +169,7 @@ bool run_block(const Call& c, int head, int query, Counts& counts) {
   const std::size_t stride = static_cast<std::size_t>(c.heads) * size;
   const float* q = c.q + static_cast<std::size_t>(begin - c.first()) * stride + static_cast<std::size_t>(head) * size;
 
-  const Filtered policy(c.scale, c.cap, c.floor);
+  const Filtered policy(c.scale, c.cap, c.floor ? c.floor[head] : 0.0f);
   st.begin(count, size);
   for (int i = 0; i < count; ++i) st.load(i, q + i * stride, size, policy.query);
   scratch.ready(size);
@@ -274,21 +273,21 @@ void check_order(const Call& c) {
 // Returns (groups of rows x tiles met, those left out).
 nb::tuple attend_blocks(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t lse,
                         blocks::Table table, Array<const std::int32_t, -1> start, Array<const std::int32_t, -1> list,
-                        std::uintptr_t order, std::uintptr_t codes, std::uintptr_t code_scale, int rows, int length,
-                        int heads, int groups, int size, int pages, int page, int kind, int choices, int block,
-                        int query_block, int window, float scale, float softcap, float floor) {
+                        std::uintptr_t order, std::uintptr_t codes, std::uintptr_t code_scale, std::uintptr_t floor, int rows,
+                        int length, int heads, int groups, int size, int pages, int page, int kind, int choices, int block,
+                        int query_block, int window, float scale, float softcap) {
   require(block > 0 && query_block > 0, "block and query_block must be positive");
   require(rows >= 0 && rows <= length, "the rows are the last of the sequence's tokens; there are more rows than tokens");
   require(choices == 1 || (choices > 0 && heads % choices == 0 && choices % groups == 0),
           "lists must be one, or one per kv head, or one per query head");
-  require(floor <= 0 && !(floor < 0 && softcap > 0), "floor must not be positive, and cannot be used with softcap");
+  require(floor == 0 || softcap == 0, "floor_H cannot be used with softcap");
   blocks::check_table(table, length, pages, page);
   const int queries = rows == 0 ? 0 : (length - 1) / query_block - (length - rows) / query_block + 1;
   const Call c{{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v), table.data(), length, groups, size, page},
                reinterpret_cast<const float*>(q), reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse),
                rows, heads, choices, block, query_block, queries, window, start.data(), list.data(),
                reinterpret_cast<const std::int32_t*>(order), reinterpret_cast<const std::int16_t*>(codes),
-               reinterpret_cast<const float*>(code_scale), scale, softcap, floor};
+               reinterpret_cast<const float*>(code_scale), reinterpret_cast<const float*>(floor), scale, softcap};
   check_lists(c, start.shape(0), list.shape(0));
   if (c.order) check_order(c);
   require(c.codes == nullptr || (c.order == nullptr && block % kTile == 0 && size % 2 == 0 && softcap == 0),

@@ -71,7 +71,7 @@ def attend_selection(
         spec.scale,
         spec.softcap,
         window=spec.window,
-        floor=selection.floor,
+        floor_H=selection.floor_H,
         codes=selection.codes,
         visits=selection.visits,
     )

@@ -74,7 +74,7 @@ class BlockSelection:
     Rows stay causal whatever is kept; each must be left something to read.
     order_XL (optional, int32): places the cached tokens in another order before they are cut into blocks; they rise
     within a block.
-    floor, codes, visits: see `hasten.kernels.block_list.attend_blocks`.
+    floor_H, codes, visits: see `hasten.kernels.block_list.attend_blocks`.
     """
 
     sequence: int
@@ -82,7 +82,7 @@ class BlockSelection:
     keep_XQB: Tensor
     order_XL: Tensor | None = None
     query_block: int | None = None
-    floor: float = 0.0
+    floor_H: Tensor | None = None
     codes: Codes | None = None
     visits: Visits | None = None
 

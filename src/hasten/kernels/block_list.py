@@ -123,15 +123,15 @@ def attend_blocks(
     softcap: float | None = None,
     *,
     window: int | None = None,
-    floor: float = 0.0,
+    floor_H: Tensor | None = None,
     codes: Codes | None = None,
     visits: Visits | None = None,
     module: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out_THD, lse_TH)`` float32 of the rows, which see the tokens of their lists up to themselves.
 
-    q_THD: float32, contiguous. window: a row sees its last ``window`` tokens only. floor < 0: tiles that lie more than
-    -floor (base 2) below what a group of rows has seen are left out. codes: scores are products of 8-bit codes (queries
+    q_THD: float32, contiguous. window: a row sees its last ``window`` tokens only. floor_H: float32 or None; where it is
+    below 0, tiles that lie more than that (base 2) below what a group of the head's rows has seen are left out. codes: scores are products of 8-bit codes (queries
     are rounded per query block); what is subtracted from all keys alike changes no output, but ``lse`` by its score.
 
     Raises TypeError for a wrong dtype, ValueError for lists, orders and shapes that do not fit, and for a row that is left
@@ -160,6 +160,9 @@ def attend_blocks(
         code, code_scale = codes.code_GWD2.data_ptr(), codes.scale_GW.data_ptr()
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, not {window}")
+    if floor_H is not None and (floor_H.dtype is not torch.float32 or floor_H.shape != (heads,)):
+        raise ValueError(f"floor_H must be float32 {(heads,)}, not {floor_H.dtype} {tuple(floor_H.shape)}")
+    floor_H = None if floor_H is None else floor_H.contiguous()
     out, lse = torch.empty((rows, heads, size)), torch.empty((rows, heads))
     met, skipped = lib.attend_blocks(
         q_THD.data_ptr(),
@@ -173,6 +176,7 @@ def attend_blocks(
         order,
         code,
         code_scale,
+        0 if floor_H is None else floor_H.data_ptr(),
         rows,
         cached.length,
         heads,
@@ -187,7 +191,6 @@ def attend_blocks(
         window or 0,
         scale,
         cap_of(softcap),
-        floor,
     )
     if visits is not None:
         visits.add(met, skipped)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _WORKLOADS = {
     "decode": "hasten.workloads.decode:Decode",
     "prefill": "hasten.workloads.prefill:Prefill",
+    "long-prefill": "hasten.workloads.long_prefill:LongPrefill",
     "long-decode": "hasten.workloads.long_decode:LongDecode",
     "batch-decode": "hasten.workloads.batch_decode:BatchDecode",
     "shared-prefix": "hasten.workloads.shared_prefix:SharedPrefix",
