@@ -38,7 +38,10 @@ class Step:
 class QueueScheduler(Scheduler):
     """Base of schedulers that differ in what a step holds only."""
 
-    repairs = True  # running sequences get their rows from `grow`
+    @property
+    def repairs(self) -> bool:
+        # Running sequences get their rows from `grow`; a subclass with a ``schedule`` of its own may know nothing of it.
+        return type(self).schedule is QueueScheduler.schedule
 
     def bind(self, cache: KVCache, settings: EngineSettings) -> None:
         super().bind(cache, settings)

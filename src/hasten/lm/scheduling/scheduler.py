@@ -49,14 +49,17 @@ class Scheduler(ABC):
 
     stalls: whether decoding may stand still while a prompt is read (what is built to be fair does not).
     offline: whether it wants to know all requests of a job before the first of them runs.
-    repairs: whether `schedule` heeds `stale`; a plan whose policy repairs needs a scheduler that does.
     policy: the engine's attention policy, set before `bind`.
     """
 
     stalls: ClassVar[bool] = False
     offline: ClassVar[bool] = False
-    repairs: ClassVar[bool] = False
     policy: AttentionPolicy | None = None
+
+    @property
+    def repairs(self) -> bool:
+        """Whether `schedule` heeds `stale`; a plan whose policy repairs needs a scheduler that does."""
+        return False
 
     def stale(self, sequence: Sequence) -> int | None:
         """The first token that has to be computed again, up to the last cached one; None: the sequence may go on."""
