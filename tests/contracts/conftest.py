@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "flash_attention2": {"min_rows": 2},
     "gptq": {"group_size": 32, "samples": 4, "sample_length": 64},
     "resa": {"block": 4, "min_blocks": 2, "every": 4},
+    "token_select": {"n_init": 4, "n_local": 8, "k": 12, "chunk": 8},
     "sleb": {"remove": 1, "samples": 2, "sample_length": 32},
     "marlin": {"group_size": 32, "samples": 4, "sample_length": 64},
     # min_rows: by default the rows of a call decide whether they are rounded. 8 bits: a step of 4 bits, taken when

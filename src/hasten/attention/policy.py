@@ -98,11 +98,34 @@ class Repair:
     dense: int = 0
 
 
-Selection = Dense | DenseScores | TokenSelection | tuple[BlockSelection, ...]
+@dataclass(frozen=True)
+class CopySelection:
+    """Rows read, causally, all of a copy that the policy made of the tokens it chose.
+
+    q_THD: float32, the step's queries as the copy's keys want them (rotated to other positions, say). pages: the copy, of the
+    pool's dtype. layout: which rows read which of its pages; the rows in the same order, cut as the policy likes. Layers
+    with the same choice of lengths share one layout, so that it is planned once.
+    """
+
+    q_THD: Tensor
+    pages: KVPages
+    layout: StepLayout
+
+
+Selection = Dense | DenseScores | TokenSelection | CopySelection | tuple[BlockSelection, ...]
 
 
 class AttentionPolicy(ABC):
-    """Decides per step and layer which cached tokens the rows read. One instance per loaded model."""
+    """Decides per step and layer which cached tokens the rows read. One instance per loaded model.
+
+    unrotated_keys: keys are cached before RoPE, and the policy is given queries and keys unrotated; it answers with a
+        `CopySelection`. Only for pages that store plain float32 or bfloat16 numbers.
+    grid: prompts are computed in chunks that end at multiples of it, wherever steps have the room, and share no less
+        through the prefix store: for policies whose choice depends on which rows are computed together.
+    """
+
+    unrotated_keys: bool = False
+    grid: int = 1
 
     @property
     def repair(self) -> Repair | None:
@@ -147,6 +170,10 @@ class AttentionPolicy(ABC):
 
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended; drop what was kept for it."""
+
+    def figures(self) -> dict[str, float]:
+        """What the policy counted since it was made, by name; part of `LLM.facts`."""
+        return {}
 
 
 class DensePolicy(AttentionPolicy):

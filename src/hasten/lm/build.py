@@ -249,4 +249,5 @@ def make_cache(
         rows=settings.max_batch,
         context=length,
         sidecars=sidecars,
+        grid=1 if policy is None else policy.grid,
     )

@@ -264,6 +264,7 @@ class LLM:
             "max_batch": self.engine.settings.max_batch,
             **self.engine.scheduler.facts(),
             **beside,
+            **({} if (policy := self.engine.runner.policy) is None else policy.figures()),
         }
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import StepLayout
-from hasten.attention.policy import AttentionPolicy, Dense, DensePolicy
+from hasten.attention.policy import AttentionPolicy, CopySelection, Dense, DensePolicy
 from hasten.core.errors import UnsupportedError
 from hasten.kernels.block import Reading
 from hasten.kernels.decode import Selector
@@ -74,6 +74,10 @@ class Runner:
             if (found := tuple(h for h in self.hooks if layer in h.layers(count)))
         }
         if self.policy is not None:
+            if self.policy.unrotated_keys and not cache.format.plain:
+                raise UnsupportedError(
+                    f"the attention policy rotates keys as it reads them and cannot read {type(cache.format).__name__} pages"
+                )
             self.policy.bind(cache.sidecars.by_name)
 
     @torch.inference_mode()
@@ -333,17 +337,23 @@ class _Step:
         q_THD, k_TGD = self.format.rotate_append(layer, q_THD, k_TGD, v_TGD, cos_TR, sin_TR, layout)
         pages = self.format.pages(layer)
         spec = self.decoder.config.attention(layer)
-        plan = self._plan(layout)
         if self.policy is None:
-            return self.kernel.run(plan, layer, q_THD, pages, layout, spec, _DENSE)
+            return self.kernel.run(self._plan(layout), layer, q_THD, pages, layout, spec, _DENSE)
         self.policy.on_append(layer, k_TGD, layout)
         selection = self.policy.select(layer, q_THD, pages, layout, spec)
-        return self.kernel.run(plan, layer, q_THD, pages, layout, spec, selection, self.policy.observe)
+        if isinstance(selection, CopySelection):
+            q_THD, pages, layout, selection = selection.q_THD, selection.pages, selection.layout, _DENSE
+        return self.kernel.run(
+            self._plan(layout), layer, q_THD, pages, layout, spec, selection, self.policy.observe
+        )
 
     def _rope(self, layer: int, layout: StepLayout) -> tuple[Tensor, Tensor]:
         rope = self.decoder.rope(layer)
         key = (id(rope), id(layout))
         tables = self._tables.get(key)
+        if tables is None and self.policy is not None and self.policy.unrotated_keys:
+            nothing_TR = torch.empty(layout.rows, 0)  # tables that rotate no dimension
+            tables = self._tables[key] = (nothing_TR, nothing_TR)
         if tables is None:
             length_T = None
             if rope.dynamic:

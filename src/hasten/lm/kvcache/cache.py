@@ -13,6 +13,7 @@ Legend: N pages of the pool, M pages per sequence, P page size, L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,8 @@ class KVCache:
     """Pages, sidecars, prefix store and the page table of running sequences, for one loaded model.
 
     rows: most sequences that run at once; one more row is for what `attach` puts aside. evictors: release up to so many
-    pages that nobody uses and return how many, asked after the prefix store. table_RM: int32 page table, -1 past a sequence's pages, kept up to date
+    pages that nobody uses and return how many, asked after the prefix store. grid: prefixes are shared in multiples of
+    so many tokens (`AttentionPolicy.grid`). table_RM: int32 page table, -1 past a sequence's pages, kept up to date
     as pages come and go so that no step rebuilds it.
     """
 
@@ -102,8 +104,9 @@ class KVCache:
         rows: int,
         context: int,
         sidecars: Sequence[SidecarSpec] = (),
+        grid: int = 1,
     ) -> None:
-        self.format, self.store = format, store
+        self.format, self.store, self.grid = format, store, grid
         self.layers, self.shape, self.page_size = layers, shape, page_size
         self.pool = PagePool(pages)
         self.sidecars = Sidecars(sidecars, layers, pages, page_size, shape)
@@ -144,6 +147,9 @@ class KVCache:
         if token_ids:
             whole = (len(token_ids) - 1) // self.page_size * self.page_size
             pages = self.store.match(token_ids[:whole], segments)
+            if self.grid > 1:
+                step = math.lcm(self.grid, self.page_size)
+                pages = pages[: len(pages) * self.page_size // step * step // self.page_size]
             self.pool.retain(pages)
         kv = SequenceKV(sequence_id, len(pages) * self.page_size, pages, segments=segments)
         if token_ids:

@@ -113,7 +113,12 @@ class QueueScheduler(Scheduler):
             if sequence.draft is not None and (sequence.remaining > step.room or stale is not None):
                 sequence.draft = None
             start = sequence.computed if stale is None else stale
-            count = min(sequence.remaining if stale is None else sequence.computed - stale, step.room)
+            if stale is None:
+                count = self.rows(sequence, start, step)
+            else:
+                count = min(sequence.computed - stale, step.room)
+            if count == 0:
+                break
             assert sequence.kv is not None
             while not self.cache.reserve(sequence.kv, start, start + count):
                 step.short = True
@@ -165,7 +170,8 @@ class QueueScheduler(Scheduler):
         start = sequence.computed
         # A page more than the tokens need: who was preempted should not be so again at once.
         ahead = min(len(sequence.token_ids) + self.cache.page_size, self.cache.context)
-        fits = not (whole and step.work) or sequence.remaining <= step.room
+        count = self.rows(sequence, start, step)
+        fits = count > 0 and (not (whole and step.work) or sequence.remaining <= step.room)
         if not fits or not self._reserve(sequence, start, ahead):
             if opened:
                 self.cache.close(sequence.kv)
@@ -176,8 +182,19 @@ class QueueScheduler(Scheduler):
         self.cache.attach(sequence.kv)
         self.unqueue(sequence)
         self._run(sequence)
-        step.give(sequence, start, min(sequence.remaining, step.room))
+        step.give(sequence, start, count)
         return True
+
+    def rows(self, sequence: Sequence, start: int, step: Step) -> int:
+        """Rows that a sequence gets of the step's room: up to its end, or to the last multiple of the cache's grid.
+
+        0 if that is no row; but not for the first prompt of a step, which must go on.
+        """
+        grid, room = self.cache.grid, step.room
+        if sequence.remaining <= room or grid == 1:
+            return min(sequence.remaining, room)
+        first = not any(item.count > 1 and item.sequence.draft is None for item in step.work.values())
+        return max(0, (start + room) // grid * grid - start) or (room if first else 0)
 
     def spare(self) -> bool:
         """Give up pages that are only kept in advance; whether there were any."""
