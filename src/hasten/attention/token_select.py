@@ -156,10 +156,11 @@ class TokenSelectPolicy(AttentionPolicy):
         count_U = np.where(judged_U, s.budget, length)
         width = int(count_U.max()) if len(count_U) else 1
         list_UW = np.tile(np.arange(width, dtype=np.int32), (len(length), 1))
-        list_UW[judged_U, s.budget - s.n_local :] = (length[judged_U] - s.n_local)[:, None] + np.arange(s.n_local)
         reusable_U = judged_U & (rows_S[sequence] == 1)
         slot_U = np.zeros(len(length), np.int32)
         if judged_U.any():
+            local_UW = (length[judged_U] - s.n_local)[:, None] + np.arange(s.n_local)
+            list_UW[judged_U, s.budget - s.n_local :] = local_UW
             slot_S = self._places(layout, first_S, np.unique(sequence[judged_U]))
             slot_U[judged_U] = slot_S[sequence[judged_U]]
         target = max(1, -(-width // layout.page_size))
