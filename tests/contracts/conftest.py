@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"group_size": 32, "samples": 4, "sample_length": 64},
     "resa": {"block": 4, "min_blocks": 2, "every": 4},
     "token_select": {"n_init": 4, "n_local": 8, "k": 12, "chunk": 8},
+    "quantspec": {"group": 4, "draft_tokens": 2, "draft_weights": "rtn", "weight_group": 32},
     "sleb": {"remove": 1, "samples": 2, "sample_length": 32},
     "marlin": {"group_size": 32, "samples": 4, "sample_length": 64},
     # min_rows: by default the rows of a call decide whether they are rounded. 8 bits: a step of 4 bits, taken when
@@ -87,6 +88,15 @@ def provider(request: pytest.FixtureRequest) -> Callable[[], Any]:
     chosen = technique(request.param)
     context: BuildContext = request.getfixturevalue("context")
     return lambda: chosen.provide(request.module.SLOT, context)
+
+
+@pytest.fixture
+def formats(request: pytest.FixtureRequest, provider: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that makes the KV format of the technique behind ``provider``; it gives None for the default."""
+    found = request.node.callspec.params["provider"]
+    if not isinstance(found, str) or "kv_format" not in loader.technique(found).slots:
+        return lambda: None
+    return lambda: technique(found).provide("kv_format", request.getfixturevalue("context"))
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,9 @@ class Repeat(Drafter):
 DEFAULTS = {"repeat": Repeat}
 
 
-def test_proposals_are_well_formed(provider, context):
+def test_proposals_are_well_formed(provider, formats, context):
     drafter, settings = provider(), EngineSettings(page_size=4, max_batch=4, kv_tokens=400)
-    drafter.bind(make_cache(settings, context), settings)
+    drafter.bind(make_cache(settings, context, format=formats()), settings)
     vocabulary = context.config.vocab_size
     tokens = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0)).tolist() * 2
     for limit in (1, 3, 8):

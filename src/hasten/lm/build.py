@@ -132,7 +132,11 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         )
     decoder = load_weights(checkpoint, providers.one("weight_format") or default_weight_format(context))
     policy: AttentionPolicy | None = providers.one("attention_policy")
-    kernel = providers.one("attention_kernel") or default_kernel()
+    format: KVFormat | None = providers.one("kv_format")
+    settings = _page_size(plan, settings, format)
+    kernel = (
+        _own_kernel(plan, format) or providers.one("attention_kernel") or default_kernel()
+    )
     if settings.kv_dtype == "int8" and not kernel.reads_int8:
         slug = plan.filling("attention_kernel")[0].slug
         raise ConflictError(f'{slug} does not read int8 pages; set kv_dtype = "bfloat16" or remove {slug}')
@@ -141,7 +145,7 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
         settings,
         context,
         policy,
-        providers.one("kv_format"),
+        format,
         providers.one("prefix_store"),
         beside=0 if drafter is None else drafter.page_bytes(settings.page_size),
     )
@@ -181,6 +185,32 @@ def _kv_dtype(plan: Plan, settings: EngineSettings) -> torch.dtype:
     if settings.kv_dtype is not None:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[settings.kv_dtype]
     return torch.float32 if plan.dtype == "float32" else torch.bfloat16
+
+
+def _page_size(plan: Plan, settings: EngineSettings, format: KVFormat | None) -> EngineSettings:
+    """The settings with the page size that the KV format asks for. `ConflictError` if the plan names another."""
+    if format is None or format.page_size in (None, settings.page_size):
+        return settings
+    if "page_size" in settings.model_fields_set:
+        slug = plan.filling("kv_format")[0].slug
+        raise ConflictError(
+            f"page_size = {settings.page_size}, but {slug} has pages of {format.page_size} tokens; leave page_size out or "
+            f"change {slug}'s setting"
+        )
+    return settings.model_copy(update={"page_size": format.page_size})
+
+
+def _own_kernel(plan: Plan, format: KVFormat | None) -> AttentionKernel | None:
+    """The kernel that the KV format brings. `ConflictError` if the plan has something that reads plain pages."""
+    kernel = None if format is None else format.kernel()
+    if kernel is not None:
+        for slot in ("attention_kernel", "attention_policy"):
+            for technique in plan.filling(slot):
+                slug = plan.filling("kv_format")[0].slug
+                raise ConflictError(
+                    f"{technique.slug} reads plain KV pages, {slug} has pages and a kernel of its own; remove one of them"
+                )
+    return kernel
 
 
 def load_weights(checkpoint: Checkpoint, weights: WeightFormat) -> Decoder:

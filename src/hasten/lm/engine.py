@@ -208,7 +208,8 @@ class Engine:
         self._requests[request.id] = request
         first = request.sequences[0]
         if kv is not None:
-            kv.id, first.kv = first.id, kv
+            self.cache.rename(kv, first.id)
+            first.kv = kv
         self.scheduler.add(first)
         return request
 

@@ -14,7 +14,7 @@ from hasten.core.plan import Plan
 from hasten.measure.comparison import Comparison, compare
 from hasten.measure.environment import source_state
 from hasten.measure.store import write_json
-from hasten.workloads.baselines import baselines
+from hasten.workloads.baselines import baselines, measured_base
 
 
 def bench(
@@ -38,7 +38,7 @@ def bench(
             f"`hasten compare WORKLOAD --use {slug}` runs it on another: " + ", ".join(workloads.names())
         )
     job = workloads.get(record.workload)
-    base = job.baseline(model)
+    base = measured_base(job, technique, model)
     candidate = replace(base, techniques=(*base.techniques, technique(**(settings or {})))).check()
     plans = tuple(against) or baselines(job, technique, model)
 

@@ -27,11 +27,16 @@ _BY_SLOT: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 def baselines(workload: Workload, technique: type[Technique], model: str | None = None) -> tuple[Plan, ...]:
     """Plans to compare ``technique`` with on ``workload``, the headline's first. Raises like `Plan.from_dict`."""
-    base = workload.baseline(model)
+    base = measured_base(workload, technique, model)
     changes: tuple[Mapping[str, Any], ...] | None = getattr(technique, "baselines", None)
     if changes is None:
         changes = next((_BY_SLOT[slot] for slot in technique.slots if slot in _BY_SLOT), ({},))
     return tuple(_changed(base, change) for change in changes)
+
+
+def measured_base(workload: Workload, technique: type[Technique], model: str | None = None) -> Plan:
+    """The workload's baseline plan with what the technique is measured on: plan keys in its attribute ``measured_on``."""
+    return _changed(workload.baseline(model), getattr(technique, "measured_on", {}))
 
 
 def _changed(base: Plan, change: Mapping[str, Any]) -> Plan:

@@ -102,7 +102,7 @@ class _State:
 
 
 @dataclass
-class _Chain:
+class Chain:
     """A guess in the making."""
 
     ask: Ask
@@ -110,6 +110,34 @@ class _Chain:
     limit: int
     token_ids: list[int] = field(default_factory=list)
     probs_V: list[Tensor] = field(default_factory=list)
+
+    def draw(self, logits_V: Tensor, min_confidence: float) -> bool:
+        """Draw the next token; False where the best one is less probable than ``min_confidence``.
+
+        logits_V: the draft's, float32 [V], -inf for tokens it does not know. Whether to draw depends on the distribution
+        alone, never on the token drawn: else the tokens that are proposed would not follow the distribution that they are
+        verified against.
+        """
+        params, processor = self.ask.params, self.ask.processor
+        if bool(logits_V.isnan().any()):
+            return False
+        if processor is not None:
+            logits_V = logits_V.clone()
+            processor.apply(logits_V, self.token_ids)
+        if params.temperature == 0:
+            best, token = logits_V.max(0)
+            if float((best - logits_V.logsumexp(0)).exp()) < min_confidence:
+                return False
+            self.token_ids.append(int(token))
+            return True
+        scaled_1V = (logits_V / params.temperature)[None]
+        truncate(scaled_1V, [params])
+        probs_V = torch.softmax(scaled_1V[0], -1)
+        if float(probs_V.max()) < min_confidence:
+            return False
+        self.token_ids.append(int(torch.multinomial(probs_V, 1, generator=self.ask.generator)))
+        self.probs_V.append(probs_V)
+        return True
 
     def proposal(self) -> Proposal | None:
         if not self.token_ids:
@@ -213,7 +241,7 @@ class ModelDrafter(Drafter):
         state = self._states.get(ask.sequence_id)
         return all(token < self.shared for token in ask.token_ids[0 if state is None else state.valid :])
 
-    def _chosen(self, asks: Sequence[Ask]) -> list[_Chain | None]:
+    def _chosen(self, asks: Sequence[Ask]) -> list[Chain | None]:
         """A chain for each sequence that is to be drafted or read, with its pages reserved."""
         states = [self._open(ask) for ask in asks]
         limit_S = [
@@ -223,7 +251,7 @@ class ModelDrafter(Drafter):
         if self.settings.adaptive:
             chance_S = [(s.acceptance if s else Acceptance()).chance for s in states]
             limit_S = self.depth.choose(chance_S, limit_S)
-        chains: list[_Chain | None] = []
+        chains: list[Chain | None] = []
         for ask, state, limit in zip(asks, states, limit_S, strict=True):
             if state is None:
                 chains.append(None)
@@ -235,7 +263,7 @@ class ModelDrafter(Drafter):
             fits = self.cache.reserve(state.kv, state.kv.length, reach)
             # Without a guess to make, a text that is behind by a few tokens may stay so.
             wanted = limit > 0 or len(ask.token_ids) - state.kv.length > self.cache.page_size
-            chains.append(_Chain(ask, state.kv, limit) if fits and wanted else None)
+            chains.append(Chain(ask, state.kv, limit) if fits and wanted else None)
         return chains
 
     def _open(self, ask: Ask) -> _State | None:
@@ -250,7 +278,7 @@ class ModelDrafter(Drafter):
             self._states[ask.sequence_id] = state
         return state
 
-    def _read(self, chains: Sequence[_Chain]) -> tuple[Tensor, list[_Chain]]:
+    def _read(self, chains: Sequence[Chain]) -> tuple[Tensor, list[Chain]]:
         """Run what is not cached yet, within the rows of a step: (logits_RW, the chain that each row continues)."""
         chunks, ready, room = [], [], self.room
         for chain in sorted(chains, key=lambda c: len(c.ask.token_ids) - c.kv.length):
@@ -279,7 +307,7 @@ class ModelDrafter(Drafter):
             state.valid = chain.kv.length
         return logits_RW, ready
 
-    def _draft(self, chains: list[_Chain], logits_RW: Tensor) -> None:
+    def _draft(self, chains: list[Chain], logits_RW: Tensor) -> None:
         """Add tokens to the chains, one a pass, until each is at its limit or unsure."""
         while chains:
             going = [(chain, row) for row, chain in enumerate(chains) if self._add(chain, logits_RW[row])]
@@ -292,32 +320,14 @@ class ModelDrafter(Drafter):
             )
             self.depth.draft.add(len(chains), time.perf_counter() - begin)
 
-    def _add(self, chain: _Chain, logits_W: Tensor) -> bool:
+    def _add(self, chain: Chain, logits_W: Tensor) -> bool:
         """Draw the chain's next token from the draft model; False where its best token is too improbable.
 
         Whether to draw depends on the distribution alone, never on the token drawn: else the tokens that are proposed
         would not follow the distribution that they are verified against.
         """
-        params, processor = chain.ask.params, chain.ask.processor
         logits_V = logits_W[: self.shared]
-        if bool(logits_V.isnan().any()):
-            return False
-        if processor is not None or self.shared < self.vocabulary:
+        if self.shared < self.vocabulary:
             logits_V = torch.full((self.vocabulary,), float("-inf"))
             logits_V[: self.shared] = logits_W[: self.shared]
-        if processor is not None:
-            processor.apply(logits_V, chain.token_ids)
-        if params.temperature == 0:
-            best, token = logits_V.max(0)
-            if float((best - logits_V.logsumexp(0)).exp()) < self.settings.min_confidence:
-                return False
-            chain.token_ids.append(int(token))
-            return True
-        scaled_1V = (logits_V / params.temperature)[None]
-        truncate(scaled_1V, [params])
-        probs_V = torch.softmax(scaled_1V[0], -1)
-        if float(probs_V.max()) < self.settings.min_confidence:
-            return False
-        chain.token_ids.append(int(torch.multinomial(probs_V, 1, generator=chain.ask.generator)))
-        chain.probs_V.append(probs_V)
-        return True
+        return chain.draw(logits_V, self.settings.min_confidence)

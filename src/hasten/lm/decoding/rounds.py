@@ -35,6 +35,7 @@ def ask(sequence: Sequence, most: int, context: int) -> Ask | None:
         sequence.generator,
         sequence.processor,
         sequence.request.plain,
+        sequence.kv,
     )
 
 

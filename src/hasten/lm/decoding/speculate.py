@@ -20,7 +20,7 @@ from hasten.kernels.vocabulary import argmax
 from hasten.lm.request import SamplingParams
 
 if TYPE_CHECKING:
-    from hasten.lm.kvcache.cache import KVCache
+    from hasten.lm.kvcache.cache import KVCache, SequenceKV
     from hasten.lm.processors import LogitProcessor
     from hasten.lm.settings import EngineSettings
 
@@ -56,7 +56,8 @@ class Ask:
     """A decoding sequence that may be given a draft, and how its tokens will be chosen.
 
     token_ids: prompt and output, the engine's own growing list: not to be changed. limit: most tokens to guess, at
-    least 1. plain: nothing but tokens at positions 0..n-1 entered the model.
+    least 1. plain: nothing but tokens at positions 0..n-1 entered the model. kv: the sequence's pages, for drafters that
+    run on the engine's own cache; all tokens but the last are cached.
     """
 
     sequence_id: int
@@ -66,6 +67,7 @@ class Ask:
     generator: torch.Generator | None = None
     processor: LogitProcessor | None = None
     plain: bool = True
+    kv: SequenceKV | None = None
 
 
 class Drafter(ABC):

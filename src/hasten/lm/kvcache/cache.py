@@ -145,7 +145,7 @@ class KVCache:
             )
         pages: list[int] = []
         if token_ids:
-            whole = (len(token_ids) - 1) // self.page_size * self.page_size
+            whole = self.format.shareable(len(token_ids) - 1, self.page_size)
             pages = self.store.match(token_ids[:whole], segments)
             if self.grid > 1:
                 step = math.lcm(self.grid, self.page_size)
@@ -181,6 +181,7 @@ class KVCache:
         """Release the sequence's pages and row. Pages that the prefix store also holds stay."""
         self.detach(kv)
         self.pool.release(kv.pages)
+        self.format.forget(kv.id)
         kv.pages, kv.length, kv.missing, kv.floor, kv.extents, kv.exact = [], 0, None, 0, (), None
 
     # -- growing and shrinking -----------------------------------------------------------------------------------
@@ -269,6 +270,7 @@ class KVCache:
     def fork(self, kv: SequenceKV, sequence_id: int) -> SequenceKV:
         """A second sequence with the same tokens, sharing every page until one of the two writes."""
         seen = self.snapshot(kv)
+        self.format.forked(kv.id, sequence_id)
         return SequenceKV(
             sequence_id,
             seen.length,
@@ -279,6 +281,11 @@ class KVCache:
             extents=kv.extents,
             exact=seen.exact,
         )
+
+    def rename(self, kv: SequenceKV, sequence_id: int) -> None:
+        """Give a sequence that has not run yet its id."""
+        self.format.renamed(kv.id, sequence_id)
+        kv.id = sequence_id
 
     def offer_prefix(self, kv: SequenceKV, token_ids: Sequence[int]) -> None:
         """Let the prefix store keep the whole pages of the sequence's first ``len(token_ids)`` tokens.
@@ -294,8 +301,8 @@ class KVCache:
         if self.store.empty:
             self._absent = absent
         if absent == self._absent:
-            sound = kv.length if kv.exact is None else kv.exact
-            whole = min(len(token_ids), sound) // self.page_size
+            sound = min(len(token_ids), kv.length if kv.exact is None else kv.exact)
+            whole = self.format.shareable(sound, self.page_size) // self.page_size
             self.store.insert(token_ids[: whole * self.page_size], kv.pages[:whole], kv.segments)
 
     def _own(self, kv: SequenceKV, i: int) -> None:

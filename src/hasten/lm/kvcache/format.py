@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.attention.kernel import AttentionKernel
 from hasten.attention.layout import HeadShape, KVPages, StepLayout
 from hasten.core.errors import UnsupportedError
 from hasten.kernels.rope import rope_append
@@ -24,6 +25,7 @@ class KVFormat(ABC):
     plain: bool = (
         False  # True: pages are `KVPages`, and appending is no more than writing rotated keys and values
     )
+    page_size: int | None = None  # tokens of a page, where the format knows no other; the engine then takes it
 
     @abstractmethod
     def allocate(self, layers: int, pages: int, page_size: int, shape: HeadShape) -> None:
@@ -76,6 +78,25 @@ class KVFormat(ABC):
     @abstractmethod
     def page_bytes(self, layers: int, page_size: int, shape: HeadShape) -> int:
         """Bytes of one page over all layers, for the memory budget. Callable before ``allocate``."""
+
+    def kernel(self) -> AttentionKernel | None:
+        """The kernel that reads the pages, where no other can; None: any kernel that reads `KVPages`."""
+        return None
+
+    # A format that keeps something per sequence beside the pages follows the sequence's life:
+
+    def shareable(self, length: int, page_size: int) -> int:
+        """How many of a sequence's first ``length`` cached tokens may lie in pages that others share: whole pages."""
+        return length // page_size * page_size
+
+    def forked(self, source: int, target: int) -> None:
+        """Sequence ``target`` starts as a copy of ``source`` (the ids of `StepLayout.sequence_ids`)."""
+
+    def renamed(self, old: int, new: int) -> None:
+        """The sequence has another id from now on."""
+
+    def forget(self, sequence_id: int) -> None:
+        """The sequence lost its pages."""
 
 
 class PlainKV(KVFormat):
