@@ -166,7 +166,8 @@ class QuantSpecKV(KVFormat):
         if self._spare:
             return self._spare.pop()
         size = (2, len(self.planes), self.capacity, self.shape.kv_heads, self.shape.size)
-        return torch.empty(size, dtype=self.dtype)
+        with torch.inference_mode(False):  # a fork copies it outside of a step
+            return torch.empty(size, dtype=self.dtype)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
