@@ -173,7 +173,8 @@ def dequantize(weight: AffineWeight, codes_OK: Tensor | None = None) -> Tensor:
     return weight_OI
 
 
-def _address(name: str, numbers: Numbers, weight: AffineWeight, groups: int) -> tuple[int, int]:
+def number_address(name: str, numbers: Numbers, weight: AffineWeight, groups: int) -> tuple[int, int]:
+    """The addresses of stored numbers and of their outer ones. Raises naming what does not fit the weight."""
     blocks = weight.words.shape[0]
     if numbers.kind == OFFSET:
         return 0, 0
@@ -208,8 +209,8 @@ def affine(weight: AffineWeight, *, module: ModuleType | None = None) -> Packed:
             f"no kernel for {weight.activations} activations, {bits} bits and groups of {size} columns"
         )
     blocks, groups = -(-weight.outputs // BLOCK), group_count(width, size)
-    scale, outer_scale = _address("scale", weight.scale, weight, groups)
-    low, outer_low = _address("low", weight.low, weight, groups)
+    scale, outer_scale = number_address("scale", weight.scale, weight, groups)
+    low, outer_low = number_address("low", weight.low, weight, groups)
     lib = native() if module is None else module
     handle = lib.packed_affine(
         weight.inputs,
