@@ -56,7 +56,7 @@ class TMan(Technique):
     sample_length: int = Field(512, ge=1, description="with bits: tokens of a segment")
     seed: int = Field(0, ge=0, description="with bits: of the choice of segments")
     quantize_head: Literal["float32", "bfloat16", "int8"] = Field(
-        "int8", description="with bits: storage of the LM head"
+        "int8", description="storage of the LM head where the checkpoint holds plain weights for it"
     )
 
     @model_validator(mode="after")
@@ -202,22 +202,23 @@ class TManFormat(WeightFormat):
 
     def __init__(self, settings: TMan, context: BuildContext) -> None:
         self.settings, checkpoint = settings, context.checkpoint
-        stored = stored_gptq(checkpoint)
+        stored = stored_gptq(checkpoint) is not None
         self._source: WeightFormat
-        if settings.bits is not None:
-            if stored is not None:
-                raise UnsupportedError(
-                    f"{checkpoint.path} already holds GPTQ weights; leave t_man.bits out to use them"
-                )
+        if stored and settings.bits is not None:
+            raise UnsupportedError(
+                f"{checkpoint.path} already holds GPTQ weights; leave t_man.bits out to use them"
+            )
+        if stored:
+            self._source = GPTQFormat(GPTQ(quantize_head=settings.quantize_head), context)
+        elif settings.bits is not None:
             self._source = GPTQFormat(settings.recipe(), context)
-            return
-        first = checkpoint.stored("layers.0.down_proj.weight") if stored is None else None
-        if stored is None and not isinstance(first, QuantBlocks):
+        elif not isinstance(checkpoint.stored("layers.0.down_proj.weight"), QuantBlocks):
             raise UnsupportedError(
                 f"{checkpoint.path} holds plain weights, no codes of 1 to 4 bits; set t_man.bits to 2, 3 or 4 to "
                 "quantise them"
             )
-        self._source = NativeFormat()
+        else:
+            self._source = NativeFormat()
 
     def pack(self, source: LinearSource) -> PackedLinear:
         """The packed linear. Raises `UnsupportedError` for shapes that the kernels cannot hold."""
