@@ -21,6 +21,7 @@ _WORKLOADS = {
     "edit": "hasten.workloads.edit:Edit",
     "trace": "hasten.workloads.trace:Trace",
     "document-qa": "hasten.workloads.document_qa:DocumentQA",
+    "retrieval": "hasten.workloads.retrieval:RetrievalQuestions",
 }
 
 

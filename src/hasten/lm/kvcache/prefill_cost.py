@@ -23,9 +23,9 @@ from hasten.lm.chunk import Chunk
 if TYPE_CHECKING:
     from hasten.lm.engine import Engine
 
-CACHED = (0, 256, 1024, 2048)
-NEW = (32, 128, 512, 1024)
-_REPEATS = 2
+CACHED = (0, 512, 2048)
+NEW = (32, 256, 1024)
+_ROWS = 512  # of a point: short prompts are timed more often
 _FILE = "prefill.json"
 
 
@@ -93,10 +93,11 @@ def _cell(axis: Sequence[int], value: float) -> tuple[int, float]:
 
 
 def measure(
-    engine: Engine, cached: Sequence[int] = CACHED, new: Sequence[int] = NEW, repeats: int = _REPEATS
+    engine: Engine, cached: Sequence[int] = CACHED, new: Sequence[int] = NEW, rows: int = _ROWS
 ) -> PrefillCost:
-    """Time the engine's own prefill on the grid, as far as its context and its free pages reach (the least of ``repeats``).
+    """Time the engine's own prefill on the grid, as far as its context and its free pages reach.
 
+    rows: tokens to read for each point, at least; a point that takes several prompts is the least of their times.
     The tokens are random; time does not depend on them. Raises `RequestError` when not even two pages are free.
     """
     size = engine.cache.page_size
@@ -108,15 +109,16 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(engine.vocabulary, (cached[-1] + new[-1],), generator=generator).tolist()
     root = engine.cache.open(engine.new_id())
-    rows: list[tuple[float, ...]] = []
+    table: list[tuple[float, ...]] = []
     try:
         engine.cache.attach(root)
         for alpha in cached:
             _read(engine, root, ids, alpha)
-            rows.append(tuple(min(_timed(engine, root, ids, alpha + n) for _ in range(repeats)) for n in new))
+            times = [[_timed(engine, root, ids, alpha + n) for _ in range(-(-rows // n))] for n in new]
+            table.append(tuple(min(row) for row in times))
     finally:
         _close(engine, root)
-    return PrefillCost(tuple(cached), tuple(new), tuple(rows))
+    return PrefillCost(tuple(cached), tuple(new), tuple(table))
 
 
 def _timed(engine: Engine, root: Any, ids: list[int], stop: int) -> float:
