@@ -30,7 +30,12 @@ class Stats:
     frequency: int = 0
     total_cost: float = 0.0
     computed: int = 0  # accesses in which the document had to be computed
+    forgotten: int = 0  # of its recent accesses, those that do not count
     node: Node | None = None  # while something of it is stored
+
+    @property
+    def counted(self) -> int:
+        return self.frequency - self.forgotten
 
     @property
     def average_cost(self) -> float:
@@ -70,11 +75,14 @@ class Node:
 class KnowledgeTree:
     """Nodes, their statistics and one queue of leaves per tier. Knows nothing of how pages are stored.
 
-    cost: seconds for new tokens behind cached ones. window: document accesses that count as recent.
+    cost: seconds for new tokens behind cached ones. window: document accesses that count as recent. history: whether what is
+    known of a path outlives its node.
     """
 
-    def __init__(self, policy: Policy, window: int, cost: Callable[[float, float], float]) -> None:
-        self.policy, self.window, self.cost = policy, window, cost
+    def __init__(
+        self, policy: Policy, window: int, cost: Callable[[float, float], float], history: bool = True
+    ) -> None:
+        self.policy, self.window, self.cost, self.history = policy, window, cost, history
         self.root = Node((), b"", None, Stats())
         self.clocks = [0.0, 0.0]
         self.count = 0
@@ -124,6 +132,9 @@ class KnowledgeTree:
         self.count -= 1
         if node.stats.frequency == 0:
             self._stats.pop(node.digest, None)
+        elif not self.history:
+            node.stats.total_cost, node.stats.computed = 0.0, 0
+            node.stats.forgotten = node.stats.frequency
         self.queue(node.parent, HOST)
 
     # -- worth ---------------------------------------------------------------------------------------------------
@@ -163,6 +174,7 @@ class KnowledgeTree:
             old = self._recent.popleft()
             gone = self._stats[old]
             gone.frequency -= 1
+            gone.forgotten = max(0, gone.forgotten - 1)  # the oldest are those
             if gone.node is not None:
                 self.queue(gone.node, FAST)
                 self.queue(gone.node, HOST)
@@ -172,10 +184,10 @@ class KnowledgeTree:
     def value(self, node: Node, tier: Tier) -> float:
         """What the policy holds a node for: the lowest is evicted first."""
         if self.policy == "pgdsf":
-            return node.clock[tier] + node.stats.frequency * node.stats.average_cost
+            return node.clock[tier] + node.stats.counted * node.stats.average_cost
         if self.policy == "gdsf":  # the cost of the document alone
-            return node.clock[tier] + node.stats.frequency * self.cost(0, len(node.key)) / len(node.key)
-        return float(node.stamp if self.policy == "lru" else node.stats.frequency)
+            return node.clock[tier] + node.stats.counted * self.cost(0, len(node.key)) / len(node.key)
+        return float(node.stamp if self.policy == "lru" else node.stats.counted)
 
     # -- the queues of leaves ------------------------------------------------------------------------------------
 

@@ -48,6 +48,10 @@ class RagCache(Technique):
     host_mb: float = Field(1024.0, ge=0, description="host tier, 10^6 bytes; 0: only the page pool")
     host_folder: str | None = Field(None, description="keep the host tier in a file of this folder, not in memory")
     frequency_window: int = Field(4096, ge=1, description="document accesses that count as recent")
+    history: bool = Field(
+        True,
+        description="remember how often evicted documents were read; False: they start anew, as in plain LFU and GDSF",
+    )
     reorder: bool = Field(True, description="admit first the waiting requests of which most is cached")
     reorder_window: int = Field(32, ge=1, description="later requests that may be admitted before one")
     speculate: int = Field(
@@ -109,9 +113,8 @@ class KnowledgeStore(PrefixStore):
         self.tree = self._fresh()
 
     def _fresh(self) -> KnowledgeTree:
-        return KnowledgeTree(
-            self.settings.policy, self.settings.frequency_window, lambda a, b: self.cost(a, b)
-        )
+        s = self.settings
+        return KnowledgeTree(s.policy, s.frequency_window, lambda a, b: self.cost(a, b), s.history)
 
     def bind(self, pool: Any, format: Any, page_size: int, sidecars: Any = None) -> None:
         """Raises `UnsupportedError` if the KV format's pages cannot leave the pool, `SettingError` for a bad host tier."""
