@@ -35,6 +35,16 @@ SMALL = {
     "shared-prefix": {"prefix_tokens": 50, "questions": 4, "tokens": 5, "quality_tokens": 6},
     "edit": {"passages": 2, "passage_tokens": 20, "tokens": 6},
     "trace": {"requests": 5, "clients": 3, "prompt_tokens": 60, "tokens": 5, "quality_requests": 2},
+    "offline": {
+        "requests": 6,
+        "group": 3,
+        "prompt_tokens": 100,
+        "answer_tokens": 3,
+        "short_tokens": 70,
+        "tokens": 6,
+        "sharing": 0.1,
+        "quality_requests": 3,
+    },
 }
 
 
@@ -77,7 +87,7 @@ UNITS = {
     "trace": 1,
 }
 # Jobs whose quality is a share of tokens, not a perplexity.
-SHARES = ("edit", "trace")
+SHARES = ("edit", "trace", "offline")
 
 
 def test_runs_again_and_again(job, session):
@@ -89,6 +99,8 @@ def test_runs_again_and_again(job, session):
             assert 0 < run.units <= 5 * 5
             assert run.detail["whole_tokens"] == 5 * 6
             assert run.detail["whole_seconds"] >= run.seconds
+        elif job.name == "offline":
+            assert run.units == sum(len(given.prompt) for given in session.job) + run.detail["generated"]
         else:
             assert run.units == UNITS[job.name]
     assert session.llm.engine.busy is False

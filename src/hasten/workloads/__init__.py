@@ -22,6 +22,7 @@ _WORKLOADS = {
     "trace": "hasten.workloads.trace:Trace",
     "document-qa": "hasten.workloads.document_qa:DocumentQA",
     "retrieval": "hasten.workloads.retrieval:RetrievalQuestions",
+    "offline": "hasten.workloads.offline:Offline",
 }
 
 

@@ -8,7 +8,7 @@ The prompts of a job form a prefix tree whose subtrees know their time of arithm
 requests that read. Two cursors start at both ends. The KV memory is divided between them so that what runs has the
 density of the whole job, and each side starts its next request when it has memory free. Output lengths are not known:
 a sample of requests runs first, and every subtree expects the mean of what it saw, or what the one above it did;
-estimates and order are renewed each time the number of finished requests has doubled.
+estimates and order are renewed when it has ended, and each time the number of finished requests has doubled.
 
 A cursor's next prefix is pinned in the prefix store while the other side runs. Memory that runs out takes pages from
 the request that would run last; it is computed again, before any new one starts.
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hasten.models.context import BuildContext
 
 Side = Literal["left", "right"]
+_SAMPLE = 8
 
 
 class BlendServe(Technique):
@@ -64,6 +65,9 @@ class BlendServe(Technique):
     prior: float = Field(64.0, gt=0, description="tokens expected of a request before any has ended")
     keep_sharing: float = Field(
         0.99, ge=0, le=1, description="share of the shared prompt tokens that moving groups must leave shared"
+    )
+    even: bool = Field(
+        True, description="a step reads no more of the prompts than balances what its decode rows read"
     )
     seed: int = Field(0, ge=0, description="of the sample")
 
@@ -97,6 +101,7 @@ class DualScanner(OfflineScheduler):
         self._sample: deque[int] = deque()
         self._started: dict[Sequence, Started] = {}
         self._pins: list[int] = []
+        self._unheard: set[Sequence] = set()  # of the sample, who has not ended
         self._ended = self._renew_at = 0
         self._need = 0.0  # KV tokens of a request, on average
 
@@ -126,8 +131,11 @@ class DualScanner(OfflineScheduler):
             for sequence, one in zip(self.job, entries, strict=True):
                 one.output = float(sequence.params.max_tokens)
         elif len(entries) > 1:
-            count = math.ceil(self.chosen.sample * len(entries))
-            self._sample = deque(random.Random(self.chosen.seed).sample(range(len(entries)), count))
+            # Evenly along the tree, so that every part of it is heard of; a few at least, which say something.
+            count = min(len(entries), max(_SAMPLE, math.ceil(self.chosen.sample * len(entries))))
+            walk, first = self.tree.walk(), random.Random(self.chosen.seed).random()
+            self._sample = deque(walk[int((i + first) * len(walk) / count)] for i in range(count))
+        self._unheard = {self.job[index] for index in self._sample}
         self._renew_at = max(1, len(self._sample))
         self._renew()
 
@@ -148,10 +156,25 @@ class DualScanner(OfflineScheduler):
         if started is not None and sequence.output_length > 0 and self.chosen.lengths == "sampled":
             self.tree.observe(started.leaf, sequence.output_length)
             self._ended += 1
+        if sequence in self._unheard:
+            self._unheard.discard(sequence)
+            if not self._unheard:
+                self._renew_at = self._ended
         if not self._crowd:
             self._unpin()
 
     # -- two cursors ---------------------------------------------------------------------------------------------
+
+    def limit(self, step: Step) -> None:
+        """Prompt rows so that the step's arithmetic is to its reading as the whole job's is."""
+        density = self.tree.root.density
+        if not self.chosen.even or not step.work or not math.isfinite(density):
+            return
+        if self._order and 2 * self.used("right") < self.shares()["right"]:
+            return  # the job begins: nothing to balance yet
+        reading = sum(self.rates.read * work.stop for work in step.work.values())
+        balanced = density * reading / self.rates.token - len(step.work)
+        step.room = min(step.room, max(self.cache.page_size, round(balanced)))
 
     def choose(self, step: Step) -> None:
         if self.chosen.lengths == "sampled" and self._ended >= self._renew_at:

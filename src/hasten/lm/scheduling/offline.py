@@ -74,7 +74,9 @@ class OfflineScheduler(QueueScheduler):
         return [sequence for sequence in self._back if sequence.kv is not None]
 
     def plan(self, step: Step) -> None:
-        self.grow(self.decoding() + self.reading(), step)
+        self.grow(self.decoding(), step)
+        self.limit(step)
+        self.grow(self.reading(), step)
         if step.short or not self._crowd:
             return
         while self._back and step.room > 0 and self.cache.free_rows > 0:
@@ -88,6 +90,9 @@ class OfflineScheduler(QueueScheduler):
             self._late.clear()
             self.arrange([entry(sequence) for sequence in self.job])
         self.choose(step)
+
+    def limit(self, step: Step) -> None:
+        """Lower ``step.room`` to the prompt rows that a step with these decode rows should hold."""
 
     @abstractmethod
     def arrange(self, entries: list[Entry]) -> None:
@@ -138,8 +143,8 @@ class FixedOrder(OfflineScheduler):
             case "dfs":
                 found = dfs_order(entries, self.cache.page_size)
             case "random":
-                found = list(range(len(entries)))
-                random.Random(self.chosen.seed).shuffle(found)
+                rng = random.Random(self.chosen.seed)
+                found = order_by(entries, lambda _: rng.random())
             case "shortest":
                 found = order_by(entries, lambda entry: len(entry.tokens))
             case "longest":

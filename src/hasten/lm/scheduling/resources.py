@@ -50,7 +50,7 @@ class Rates:
         return self.read * (prompt * output + output * output / 2)
 
 
-NOMINAL = Rates(token=2e-3, pair=2e-8, read=1e-6)
+NOMINAL = Rates(token=2e-3, pair=6.5e-7, read=1e-6)
 """Of a small model on a small machine: what orders requests until the machine is measured."""
 
 
