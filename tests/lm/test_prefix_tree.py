@@ -110,13 +110,13 @@ def test_estimates_come_from_the_nearest_subtree_that_has_seen_an_end():
     tree = PrefixTree([Entry(prompt) for prompt in prompts])
     tree.estimate(64.0)
     assert [entry.output for entry in tree.entries] == [64.0] * 4
-    tree.observe(tree.leaves[0], 10)
+    tree.observe(tree.leaves[0], tree.entries[0], 10)
     tree.estimate(64.0)
     assert [entry.output for entry in tree.entries] == [10.0] * 4  # the root has seen one
-    tree.observe(tree.leaves[3], 100)
+    tree.observe(tree.leaves[3], tree.entries[3], 100)
     tree.estimate(64.0)
     assert [entry.output for entry in tree.entries] == [10.0, 10.0, 10.0, 100.0]
-    tree.observe(tree.leaves[2], 30)
+    tree.observe(tree.leaves[2], tree.entries[2], 30)
     tree.estimate(64.0)
     assert [entry.output for entry in tree.entries] == [10.0, 10.0, 30.0, 100.0]
 

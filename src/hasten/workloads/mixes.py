@@ -7,12 +7,14 @@ sets the sharing, how many requests write sets the density.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hasten.core.errors import MeasureError
 from hasten.lm.scheduling.resources import Rates
+from hasten.lm.scheduling.simulator import Asked
 
 
 @dataclass(frozen=True)
@@ -128,3 +130,22 @@ def _density(shapes: Sequence[Shape], rates: Rates) -> float:
 
 def _around(rng: random.Random, mean: int, spread: float) -> int:
     return max(2, round(mean * (1 + spread * (2 * rng.random() - 1))))
+
+
+def synthetic(shapes: Sequence[Shape], template: int = 16) -> list[Asked]:
+    """The job with made-up tokens, for the simulator: each kind begins with ``template`` tokens of its own.
+
+    No two prompts have more in common than their kind and their group say.
+    """
+    fresh = itertools.count(2)
+    common: dict[int, list[int]] = {}
+    made = []
+    for shape in shapes:
+        start = [int(shape.group >= 0)] * template
+        if shape.group >= 0:
+            document = common.setdefault(shape.group, [])
+            document += [next(fresh) for _ in range(shape.shared - template - len(document))]
+            start += document[: max(0, shape.shared - template)]
+        rest = max(1, shape.prompt - len(start))
+        made.append(Asked(start + [next(fresh) for _ in range(rest)], shape.output))
+    return made

@@ -39,7 +39,11 @@ if TYPE_CHECKING:
     from hasten.models.context import BuildContext
 
 Side = Literal["left", "right"]
-_SAMPLE = 8
+_SAMPLE = 8  # requests that run first, at least
+_QUIET, _HELD = (
+    8,
+    0.4,
+)  # steps without a start, and share of the memory in use, that show it to be promised in vain
 
 
 class BlendServe(Technique):
@@ -56,8 +60,8 @@ class BlendServe(Technique):
 
     lengths: Literal["sampled", "limit"] = Field(
         "sampled",
-        description="where expected output lengths come from: requests that have ended, or each request's max_tokens "
-        "(where that is how long the answer is)",
+        description="where expected output lengths come from: requests that have ended, a sample first, or each "
+        "request's max_tokens (where that is how long the answer is)",
     )
     sample: float = Field(
         0.01, gt=0, le=1, description="share of the requests that run first to learn lengths"
@@ -103,6 +107,7 @@ class DualScanner(OfflineScheduler):
         self._pins: list[int] = []
         self._unheard: set[Sequence] = set()  # of the sample, who has not ended
         self._ended = self._renew_at = 0
+        self._quiet = 0  # steps since a request was started
         self._need = 0.0  # KV tokens of a request, on average
 
     def calibrate(self, runner: Runner) -> None:
@@ -123,7 +128,8 @@ class DualScanner(OfflineScheduler):
     def arrange(self, entries: list[Entry]) -> None:
         self._unpin()
         before = self.tree.root
-        self._prior = before.total / before.seen if before.seen else self.chosen.prior
+        if before.seen:
+            self._prior = before.total / before.seen
         self.tree = PrefixTree(entries, self.cache.page_size)
         self._ended = self.moved = 0
         self._sample = deque()
@@ -136,7 +142,7 @@ class DualScanner(OfflineScheduler):
             walk, first = self.tree.walk(), random.Random(self.chosen.seed).random()
             self._sample = deque(walk[int((i + first) * len(walk) / count)] for i in range(count))
         self._unheard = {self.job[index] for index in self._sample}
-        self._renew_at = max(1, len(self._sample))
+        self._renew_at = max(_SAMPLE, len(self._sample))
         self._renew()
 
     def _renew(self) -> None:
@@ -153,8 +159,8 @@ class DualScanner(OfflineScheduler):
     def remove(self, sequence: Sequence) -> None:
         super().remove(sequence)
         started = self._started.pop(sequence, None)
-        if started is not None and sequence.output_length > 0 and self.chosen.lengths == "sampled":
-            self.tree.observe(started.leaf, sequence.output_length)
+        if started is not None and sequence.output_length > 0:
+            self.tree.observe(started.leaf, started.entry, sequence.output_length)
             self._ended += 1
         if sequence in self._unheard:
             self._unheard.discard(sequence)
@@ -177,7 +183,7 @@ class DualScanner(OfflineScheduler):
         step.room = min(step.room, max(self.cache.page_size, round(balanced)))
 
     def choose(self, step: Step) -> None:
-        if self.chosen.lengths == "sampled" and self._ended >= self._renew_at:
+        if self._ended >= self._renew_at:
             self._renew_at = 2 * self._ended
             self._renew()
         while self._sample and self._room(step):
@@ -185,6 +191,7 @@ class DualScanner(OfflineScheduler):
             if self.startable(self.job[index]) and not self._begin(index, step, "left"):
                 break
             self._sample.popleft()
+        self._quiet += 1
         for side in self._sides(step):
             self._begin_next(side, step)
         self._pin()
@@ -202,7 +209,7 @@ class DualScanner(OfflineScheduler):
             shares = self.shares()
             free = [side for side in shares if side not in refused and self.used(side) < shares[side]]
             if not free:
-                if self._running:
+                if self._running and not self._underused():
                     return
                 free = [side for side in shares if side not in refused]
             side = max(free, key=lambda side: shares[side] - self.used(side))
@@ -210,6 +217,13 @@ class DualScanner(OfflineScheduler):
             yield side
             if len(self._order) == before:
                 refused.add(side)
+
+    def _underused(self) -> bool:
+        """Whether memory has been idle for some steps although it is all promised: lengths are overestimated."""
+        if self._quiet < _QUIET:
+            return False
+        held = sum(len(sequence.token_ids) for sequence in self._started)
+        return held < _HELD * self.capacity()
 
     def _trim(self) -> None:
         """Drop from both ends who was cancelled or ran with the sample."""
@@ -226,6 +240,7 @@ class DualScanner(OfflineScheduler):
         sequence = self.job[index]
         if self._soon_shared(sequence, step) or not self.start(sequence, step):
             return False
+        self._quiet = 0
         self._started[sequence] = Started(side, self.tree.leaves[index], self.tree.entries[index])
         return True
 

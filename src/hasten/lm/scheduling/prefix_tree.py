@@ -20,18 +20,20 @@ class Entry:
     """One request of the job.
 
     tokens: its prompt. output: tokens it is expected to generate. shares: whether equal tokens mean equal pages.
+    known: whether ``output`` is what it did generate.
     """
 
     tokens: Sequence[int]
     output: float = 0.0
     shares: bool = True
+    known: bool = False
 
 
 class Node:
     """Tokens [start, stop) that all requests below share; a leaf is one request, with the rest of its prompt.
 
     comp, mem: seconds of the subtree, shared tokens counted once. count, saved: its requests, and the prompt tokens
-    that sharing saves them. seen, total: outputs observed below, and their tokens.
+    that sharing saves them. seen, total: requests below that have ended, and the tokens they made.
     """
 
     __slots__ = (
@@ -41,8 +43,8 @@ class Node:
     def __init__(self, parent: Node | None, start: int, stop: int, request: int = -1) -> None:
         self.parent, self.start, self.stop, self.request = parent, start, stop, request
         self.children: list[Node] = []
-        self.comp = self.mem = self.total = self.expected = 0.0
-        self.count = self.saved = self.seen = 0
+        self.comp = self.mem = self.expected = 0.0
+        self.count = self.saved = self.seen = self.total = 0
 
     @property
     def density(self) -> float:
@@ -143,8 +145,9 @@ class PrefixTree:
     # -- outputs -------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def observe(leaf: Node, output: int) -> None:
-        """A request ended after ``output`` tokens: its subtrees know one more length."""
+    def observe(leaf: Node, entry: Entry, output: int) -> None:
+        """A request ended after ``output`` tokens: that is known now, and its subtrees know one more."""
+        entry.output, entry.known = float(output), True
         node: Node | None = leaf
         while node is not None:
             node.seen += 1
@@ -156,7 +159,7 @@ class PrefixTree:
         for node in self.nodes():
             above = prior if node.parent is None else node.parent.expected
             node.expected = node.total / node.seen if node.seen else above
-            if node.request >= 0:
+            if node.request >= 0 and not self.entries[node.request].known:
                 self.entries[node.request].output = node.expected
 
     # -- splitting -----------------------------------------------------------------------------------------------
