@@ -96,6 +96,9 @@ def generate(
                 }
             )
             return
+        if contexts and llm.mends_answers:  # the words are only right when all of them are there
+            print(llm.chat(messages, params, contexts=contexts).text)
+            return
         if raw:
             stream = llm.stream(text, params)
         else:

@@ -16,7 +16,7 @@ from hasten.core.plan import Plan, Use
 from hasten.lm import scoring
 from hasten.lm.batch import Job
 from hasten.lm.build import load
-from hasten.lm.context.transform import Prompt
+from hasten.lm.context.transform import Prompt, PromptTransform
 from hasten.lm.engine import Engine
 from hasten.lm.intake import Given
 from hasten.lm.interrupt import deferred_interrupt
@@ -67,6 +67,12 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._loaded.tokenizer
+
+    @property
+    def mends_answers(self) -> bool:
+        """Whether a prompt transform rewrites finished answers: then what is streamed may differ from the completion."""
+        base = PromptTransform.on_answer
+        return any(type(transform).on_answer is not base for transform in self.engine.parts.transforms)
 
     # -- generation ----------------------------------------------------------------------------------------------
 

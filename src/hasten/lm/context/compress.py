@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from hasten.core.errors import RequestError
-from hasten.lm.context.likelihood import Reader
+from hasten.lm.context.likelihood import Reader, window
 from hasten.lm.context.recovery import Shortened
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Compressor:
 
     def _fitting(self, document: Sequence[int], beside: int) -> Sequence[int]:
         """The document's beginning, as far as the compressor's window goes."""
-        most = min(self.engine.context, self.engine.runner.decoder.config.max_positions)
+        most = window(self.engine)
         room = most - beside - len(self.start) - len(self.between)
         if room < 1:
             raise RequestError(f"the question of {beside} tokens leaves the compressor's {most} no room")

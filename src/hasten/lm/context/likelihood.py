@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 _ROWS = 256  # rows of a step: their logits over the whole vocabulary lie in memory at once
 
 
+def window(engine: Engine) -> int:
+    """Most tokens of one of two texts that are read side by side."""
+    cache = engine.cache
+    half = cache.pool.count // 2 * cache.page_size
+    return min(engine.context, engine.runner.decoder.config.max_positions, half)
+
+
 class Reader:
     """A text that a model reads token after token, keeping the keys and values of what it has read.
 
@@ -37,9 +44,8 @@ class Reader:
 
     @property
     def room(self) -> int:
-        """Tokens that still fit the model's window and the cache's context."""
-        most = min(self.engine.context, self.engine.runner.decoder.config.max_positions)
-        return most - len(self.token_ids)
+        """Tokens that may still be read (`window`)."""
+        return window(self.engine) - len(self.token_ids)
 
     def read(self, token_ids: Sequence[int]) -> Tensor:
         """Negative log-likelihood, nats, of each token given all before it: float32 [N].
