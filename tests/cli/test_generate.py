@@ -180,11 +180,13 @@ def test_contexts_are_files_that_the_prompt_asks_about(generate, llm, tmp_path):
     ape = json.loads(generate("What do foxes do?", *files, "--json", "--max-tokens", "4", "--use", "ape"))
     assert len(ape["token_ids"]) == 4
     assert ape["token_ids"] == list(
-        LLM(llm.plan.model, use=["ape"], dtype="float32").chat(
+        LLM(llm.plan.model, use=["ape"], dtype="float32")
+        .chat(
             [{"role": "user", "content": "What do foxes do?"}],
             SamplingParams(max_tokens=4, temperature=0),
             contexts=["Rivers run to the sea.", "Foxes jump."],
-        ).token_ids
+        )
+        .token_ids
     )
 
 

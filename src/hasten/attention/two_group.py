@@ -1,8 +1,8 @@
 """Attention in two groups: contexts that stand side by side, and everything else; joined by their log-sum-exps.
 
 Source: Yang, Chen, Chen, "APE", ICLR 2025, arXiv 2502.05431, section 4.3. Per head and query, with temperature T and
-scale S: the contexts' tokens are scored q.k / (T sqrt(d)) and give (o_c, l_c); prefix, question and generated tokens are
-scored as ever, causally, and give (o_r, l_r); the output is w_c o_c + w_r o_r with weights softmax([S T l_c, l_r]).
+scale S: the contexts' tokens are scored q.k / (T sqrt(d)) and give (o_c, l_c); prefix, question and generated tokens
+are scored as ever, causally, and give (o_r, l_r); the output is w_c o_c + w_r o_r with weights softmax([S T l_c, l_r]).
 
 Where the contexts lie is said by `StepLayout.extents`. Both groups are one schedule over two copies of the rows: the
 first reads the rest with q, the second the contexts with q / T. (A logit softcap acts after the temperature.)

@@ -30,7 +30,9 @@ def generate(
     system: Annotated[str | None, typer.Option("--system", help="System message (not with --raw).")] = None,
     context: Annotated[
         list[Path] | None,
-        typer.Option("--context", "-c", help="Text file that the prompt asks about. Repeatable. Not with --raw."),
+        typer.Option(
+            "--context", "-c", help="Text file that the prompt asks about. Repeatable. Not with --raw."
+        ),
     ] = None,
     as_json: common.AsJson = False,
 ) -> None:
@@ -72,7 +74,9 @@ def generate(
     messages.append({"role": "user", "content": text})
     with common.open_llm(chosen) as llm:
         if as_json:
-            completion = llm.generate([text], params)[0] if raw else llm.chat(messages, params, contexts=contexts)
+            completion = (
+                llm.generate([text], params)[0] if raw else llm.chat(messages, params, contexts=contexts)
+            )
             (sample,) = completion.samples
             if sample.error is not None:
                 raise IntegrityError(sample.error)

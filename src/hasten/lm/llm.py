@@ -70,7 +70,7 @@ class LLM:
 
     @property
     def mends_answers(self) -> bool:
-        """Whether a prompt transform rewrites finished answers: then what is streamed may differ from the completion."""
+        """Whether a prompt transform rewrites finished answers: what is streamed may differ from the completion."""
         base = PromptTransform.on_answer
         return any(type(transform).on_answer is not base for transform in self.engine.parts.transforms)
 
@@ -162,7 +162,9 @@ class LLM:
         turns[-1]["content"] = mark + question
         head, found, tail = self.tokenizer.apply_chat(turns).partition(mark)
         if not found:
-            raise RequestError("this model's chat template changes its messages: contexts have no place in it")
+            raise RequestError(
+                "this model's chat template changes its messages: contexts have no place in it"
+            )
         return Prompt(
             head=head,
             contexts=tuple(f"{text.strip()}\n\n" for text in contexts),

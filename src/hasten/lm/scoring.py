@@ -151,8 +151,8 @@ def _logprobs(logits_RV: Tensor, targets: Sequence[int]) -> list[float]:
 
 
 def answer_logprobs(engine: Engine, given: Given, answer: Sequence[int]) -> Tensor:
-    """float32 [len(answer), V]: natural-log probabilities of the token at each place of ``answer``, after the prompt and
-    the answer's tokens before it.
+    """float32 [len(answer), V]: natural-log probabilities at each place of ``answer``, after the prompt and the
+    answer's tokens before it.
 
     The prompt goes through the plan's transforms, as one that is submitted does. Raises `RequestError` when it cannot
     be served or finds no pages, `IntegrityError` for non-finite logits.

@@ -1,8 +1,8 @@
 """``document-qa``: questions whose answers stand in one of several passages of real documentation.
 
-Every passage of a library of manual pages has a line planted that says something found nowhere else; a question asks for
-the line of one of them and is given that passage among others, in an order of its own. So passages come again from
-question to question, but seldom as the beginning of a prompt: an ordinary prefix cache finds little.
+Every passage of a library of manual pages has a line planted that says something found nowhere else; a question asks
+for the line of one of them and is given that passage among others, in an order of its own. So passages come again
+from question to question, but seldom as the beginning of a prompt: an ordinary prefix cache finds little.
 
 Legend: A tokens of an answer, V vocabulary.
 """
@@ -39,8 +39,30 @@ _OPENING = "The {subject} is"
 _SUBJECTS = (
     *("bridge", "harbour", "library", "station", "tower", "garden", "market", "museum", "theatre", "mill"),
     *("airport", "bakery", "castle", "chapel", "clinic", "factory", "farm", "fountain", "hotel", "island"),
-    *("kitchen", "laboratory", "lighthouse", "orchard", "palace", "pharmacy", "prison", "quarry", "restaurant", "river"),
-    *("school", "ship", "stadium", "studio", "temple", "tunnel", "university", "valley", "village", "warehouse"),
+    *(
+        "kitchen",
+        "laboratory",
+        "lighthouse",
+        "orchard",
+        "palace",
+        "pharmacy",
+        "prison",
+        "quarry",
+        "restaurant",
+        "river",
+    ),
+    *(
+        "school",
+        "ship",
+        "stadium",
+        "studio",
+        "temple",
+        "tunnel",
+        "university",
+        "valley",
+        "village",
+        "warehouse",
+    ),
 )
 _KINDS = ("code name", "password", "nickname", "mascot", "call sign", "secret word", "emblem", "label")
 _WORDS = (
@@ -107,7 +129,9 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+|[0-9]+", text.lower())
 
 
-def library(tokenizer: Tokenizer, count: int, length: int, split: Split = "test", seed: int = 0) -> list[Passage]:
+def library(
+    tokenizer: Tokenizer, count: int, length: int, split: Split = "test", seed: int = 0
+) -> list[Passage]:
     """``count`` passages of about ``length`` tokens, from as many windows of ``split``, each with its own subject.
 
     Raises `RequestError` for more passages than there are subjects (40) or fewer than one.
@@ -180,9 +204,7 @@ class DocumentQASession(LanguageSession[DocumentQAOptions]):
     def questions_of(self, seed: str, count: int) -> list[Question]:
         of = self.options
         about = shuffled(range(of.library), "about", seed)
-        return [
-            question(self.passages, about[i % of.library], of.passages, seed, i) for i in range(count)
-        ]
+        return [question(self.passages, about[i % of.library], of.passages, seed, i) for i in range(count)]
 
     def run(self) -> Run:
         asked = self.questions_of(f"run {self.runs}", self.options.questions)
@@ -196,9 +218,7 @@ class DocumentQASession(LanguageSession[DocumentQAOptions]):
             first += done.timing.first_token
             cached += done.cached_tokens
         count = len(asked)
-        return Run(
-            units, seconds, {"first_token_seconds": first / count, "cached_tokens": cached / count}
-        )
+        return Run(units, seconds, {"first_token_seconds": first / count, "cached_tokens": cached / count})
 
     def quality(self) -> float:
         return self.judged()["exact_match"]
@@ -214,7 +234,10 @@ class DocumentQASession(LanguageSession[DocumentQAOptions]):
             exact += one.exact(done.text)
             f1 += one.f1(done.text)
             loss += answer_loss(self.llm, one, prompt)
-        return {name: value / len(asked) for name, value in zip(("exact_match", "f1", "answer_loss"), (exact, f1, loss), strict=True)}
+        return {
+            name: value / len(asked)
+            for name, value in zip(("exact_match", "f1", "answer_loss"), (exact, f1, loss), strict=True)
+        }
 
     def facts(self) -> Mapping[str, Any]:
         return {**super().facts(), **{name: round(value, 4) for name, value in self.judged().items()}}

@@ -40,7 +40,9 @@ class APE(Technique):
         "longllmlingua": "what it leaves of a context depends on the question, so nothing could be reused",
     }
 
-    temperature: float = Field(0.9, gt=0, le=1, description="T: below 1 sharpens attention within the contexts")
+    temperature: float = Field(
+        0.9, gt=0, le=1, description="T: below 1 sharpens attention within the contexts"
+    )
     scale: float = Field(0.9, gt=0, le=1, description="S: below 1 lowers the weight of all contexts together")
     store_mb: float | None = Field(
         None, gt=0, description="most 10^6 bytes of contexts kept in the KV cache; None: half of it"
@@ -70,13 +72,16 @@ class ParallelContexts(PromptTransform):
     def bind(self, engine: Engine) -> None:
         decoder = engine.runner.decoder
         if any(decoder.rope(layer).dynamic for layer in range(decoder.config.num_layers)):
-            raise UnsupportedError("ape cannot keep contexts of a model whose rotation changes with the length")
+            raise UnsupportedError(
+                "ape cannot keep contexts of a model whose rotation changes with the length"
+            )
         settings = self.settings
         capacity = None if settings.store_mb is None else settings.store_mb * 1e6
         folder = None if settings.folder is None else Path(settings.folder).expanduser()
         identity = ""
         if folder is not None:
-            identity = f"{self.context.checkpoint.fingerprint} {type(engine.cache.format).__name__} {self.context.kv_dtype}"
+            kind = type(engine.cache.format).__name__
+            identity = f"{self.context.checkpoint.fingerprint} {kind} {self.context.kv_dtype}"
         self.engine = engine
         self.store = ContextStore(engine, capacity, folder, identity)
 
@@ -110,15 +115,15 @@ class ParallelContexts(PromptTransform):
                 f"{self.engine.context}; raise max_context (it may exceed the model's window) or the KV memory"
             )
         with self.store.states(head, texts) as states:
-            ids: list[int] = []
+            slotted: list[int] = []
             positions: list[int] = []
             for number, part in enumerate((head, *texts)):
                 empty = -len(part) % size
-                ids += [*part, *part[-1:] * empty]  # slots that nobody reads
+                slotted += [*part, *part[-1:] * empty]  # slots that nobody reads
                 first = len(head) if number else 0
                 positions += [*range(first, first + len(part)), *[0] * empty]
             return prompt.replace(
-                token_ids=(*ids, *tail),
+                token_ids=(*slotted, *tail),
                 position_ids=(*positions, *range(place, place + len(tail))),
                 states=states,
             )

@@ -94,7 +94,7 @@ class Piece:
 
 
 class Compressor:
-    """Compresses with the likelihoods of ``engine``'s model. What it reads first of a document, the prefix cache keeps."""
+    """Compresses with the likelihoods of ``engine``'s model. Its prefix cache keeps what was read for the ranking."""
 
     def __init__(self, engine: Engine, settings: CompressSettings) -> None:
         self.engine, self.settings = engine, settings
@@ -169,7 +169,8 @@ class Compressor:
 
     def select(self, ranked: Sequence[int], documents: Sequence[Encoded], target: int) -> list[int]:
         """Documents in rank order until the coarse budget is used up; the best one always."""
-        kept, used, budget = [], 0, self.settings.coarse * target + self.settings.slack
+        kept: list[int] = []
+        used, budget = 0, self.settings.coarse * target + self.settings.slack
         for k in ranked:
             if kept and (used >= budget or not documents[k].token_ids):
                 break
@@ -185,7 +186,8 @@ class Compressor:
                 if found:
                     sentence = Encoded.of(self.tokenizer, found)
                     parts.append((self.question_loss(sentence.token_ids, question), number, place, sentence))
-        left, stay = 1.4 * target, []
+        stay: list[tuple[float, int, int, Encoded]] = []
+        left = 1.4 * target
         for part in sorted(parts, key=lambda part: part[:3]):
             if stay and left < len(part[3]):
                 continue
@@ -262,9 +264,7 @@ class Compressor:
 def best(score_N: Tensor, places: Sequence[int], must: Sequence[int], count: int) -> list[int]:
     """``count`` of ``places``, ascending: those of ``must``, then by descending score (earlier first among equals)."""
     fixed = set(must)
-    ranked = sorted(
-        range(len(places)), key=lambda n: (places[n] not in fixed, -float(score_N[n]), places[n])
-    )
+    ranked = sorted(range(len(places)), key=lambda n: (places[n] not in fixed, -float(score_N[n]), places[n]))
     return sorted(places[n] for n in ranked[: max(count, len(fixed))])
 
 
@@ -280,7 +280,7 @@ def pieces_of(part: Sequence[tuple[int, int]]) -> list[Piece]:
 
 
 def ratios(length_K: Sequence[int], target: int, delta: float) -> list[float]:
-    """Share of tokens to keep of each document, best first: linear from +delta to -delta around one middle (equation 5).
+    """Share of tokens to keep of each document, best first: linear from +delta to -delta around a middle (equation 5).
 
     The middle is such that all together keep ``target`` tokens although shares are cut at 0 and 1.
     """

@@ -69,9 +69,7 @@ class Reader:
                 end = min(start + _ROWS, stop)
                 wanted = max(0, end - max(start, first))
                 with deferred_interrupt():
-                    logits_RV = runner.run(
-                        [Chunk(self.kv, start, ids[start:end], range(start, end), wanted)]
-                    )
+                    logits_RV = runner.run([Chunk(self.kv, start, ids[start:end], range(start, end), wanted)])
                 if wanted:
                     target_R = torch.tensor(ids[end - wanted + 1 : end + 1])
                     parts.append(logits_RV.logsumexp(-1) - logits_RV.gather(1, target_R[:, None])[:, 0])

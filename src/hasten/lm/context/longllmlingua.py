@@ -1,9 +1,9 @@
 """`longllmlingua`: the contexts of a prompt, shortened by what is asked about them.
 
 Source: Jiang, Wu, Luo, Li, Lin, Yang, Qiu, "LongLLMLingua: Accelerating and Enhancing LLMs in Long Context Scenarios
-via Prompt Compression", ACL 2024, arXiv 2310.06839. Documents are ranked by how probable they make the question, the best
-come first and keep more of their tokens, tokens stay where the question makes them more probable, and answers get back
-the words that were cut out of what they quote. See `hasten.lm.context.compress` and `hasten.lm.context.recovery`.
+via Prompt Compression", ACL 2024, arXiv 2310.06839. Documents are ranked by how probable they make the question, the
+best come first and keep more of their tokens, tokens stay where the question makes them more probable, and answers get
+back the words that were cut out of what they quote. See `hasten.lm.context.compress` and `hasten.lm.context.recovery`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ class LongLLMLingua(Technique):
 
     rate: float = Field(0.25, gt=0, le=1, description="share of the contexts' tokens to keep")
     target: int | None = Field(None, ge=1, description="tokens of the contexts to keep, instead of rate")
-    coarse: float = Field(1.0, ge=1, description="times the target that ranked documents may have before tokens go")
+    coarse: float = Field(
+        1.0, ge=1, description="times the target that ranked documents may have before tokens go"
+    )
     slack: int = Field(100, ge=0, description="tokens that they may have beyond that")
-    delta: float = Field(0.3, ge=0, le=1, description="how much more of the best document stays than of the middle one")
+    delta: float = Field(
+        0.3, ge=0, le=1, description="how much more of the best document stays than of the middle one"
+    )
     segment: int = Field(200, ge=8, description="tokens judged at a time")
     ranking: Literal["question", "document", "none"] = Field(
         "question", description="rank by p(question | document), by p(document | question), or not"
@@ -51,7 +55,9 @@ class LongLLMLingua(Technique):
     contrastive: bool = Field(True, description="judge tokens by the question; off: by their own perplexity")
     sentences: bool = Field(False, description="drop the least telling sentences before tokens")
     keep_breaks: bool = Field(False, description="keep every blank line")
-    recover: bool = Field(True, description="give answers back the words that were cut out of what they quote")
+    recover: bool = Field(
+        True, description="give answers back the words that were cut out of what they quote"
+    )
     compressor: str | None = Field(None, description="model that judges; None: the one that answers")
 
     def provide(self, slot: str, context: BuildContext) -> PromptTransform:

@@ -1,7 +1,7 @@
 """Which characters of a text were kept, and the way back: answers that quote a shortened text get its full words.
 
-Source: Jiang et al., "LongLLMLingua", ACL 2024, arXiv 2310.06839, section 4.4 (subsequence recovery). There the span of
-the original is searched token by token; here the compressor notes where every kept character stood, so the span is known.
+Source: Jiang et al., "LongLLMLingua", ACL 2024, arXiv 2310.06839, section 4.4 (subsequence recovery). There the span
+of the original is searched token by token; here the compressor notes where every kept character stood: it is known.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 MOST_GAP = 10  # tokens left out between two kept ones that still count as one span
@@ -44,7 +45,7 @@ class Shortened:
     def span(self, begin: int, end: int) -> tuple[int, int] | None:
         """Where kept characters [begin, end) stood; None if more than `MOST_GAP` tokens were left out in between."""
         numbers = self.token[begin:end]
-        if any(b - a > MOST_GAP + 1 for a, b in zip(numbers, numbers[1:], strict=False)):
+        if any(b - a > MOST_GAP + 1 for a, b in pairwise(numbers)):
             return None
         return self.at[begin], self.at[end - 1] + 1
 

@@ -37,7 +37,9 @@ from hasten.lm.kvcache.cache import States
 if TYPE_CHECKING:
     from hasten.lm.engine import Engine
 
-Key = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of the prefix (empty for a prefix itself) and of the text
+Key = tuple[
+    tuple[int, ...], tuple[int, ...]
+]  # tokens of the prefix (empty for a prefix itself) and of the text
 _CLOSE = 0.02  # how far states of the same model may lie apart, as a share of their norm
 
 
@@ -79,8 +81,8 @@ class ContextStore:
         need = self._pages(prefix) + sum(self._pages(ids) for ids in {tuple(ids) for ids in texts})
         if need * self.cache.page_bytes > self.capacity:
             raise RequestError(
-                f"the contexts of this request take {need * self.cache.page_bytes / 1e6:.1f} MB, the context store holds "
-                f"{self.capacity / 1e6:.1f} MB; raise store_mb or the KV memory, or give fewer contexts"
+                f"the contexts of this request take {need * self.cache.page_bytes / 1e6:.1f} MB, the context store "
+                f"holds {self.capacity / 1e6:.1f} MB; raise store_mb or the KV memory, or give fewer contexts"
             )
         pinned: list[int] = []
         try:

@@ -17,8 +17,8 @@ class Prompt:
 
     text: the prompt after the chat template, or None when only tokens or parts were given.
     token_ids: tokens, set by the tokeniser step if still empty.
-    head / contexts / tail: the parts of the text, when the caller named them (retrieval, question answering): what comes
-        first, the passages, what follows them (None: the question). Without a text the prompt is these in a row.
+    head / contexts / tail: the parts of the text, when the caller named them (retrieval, question answering): what
+        comes first, the passages, what follows them (None: the question). Without a text the prompt is these in a row.
     question: the words of ``tail`` that ask.
     position_ids: explicit rotary positions, None for 0..n-1.
     embeddings_TE: rows to use instead of the embeddings of the first tokens (soft prompts), None for none; the

@@ -140,9 +140,7 @@ class KVCache:
         if states is not None:
             self.pool.retain(states.pages)
             length = len(states.pages) * self.page_size
-            return SequenceKV(
-                sequence_id, length, list(states.pages), floor=length, extents=states.extents
-            )
+            return SequenceKV(sequence_id, length, list(states.pages), floor=length, extents=states.extents)
         pages: list[int] = []
         if token_ids:
             whole = self.format.shareable(len(token_ids) - 1, self.page_size)
