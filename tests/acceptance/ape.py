@@ -203,6 +203,23 @@ def test_order_does_not_matter_and_nothing_is_encoded_twice(tiny: Path) -> None:
         assert store.encoded == 5
 
 
+def test_plain_parallel_encoding_reads_each_context_alone(tiny: Path) -> None:
+    """Against the decoder's own forward pass: a context's keys do not depend on the prefix, only the question's do."""
+    with load(tiny, APE(temperature=1, scale=1, shared_prefix=False)) as llm:
+        made = transform(llm).on_text(asked(llm))
+        assert made.states is not None
+        assert made.position_ids is not None
+        assert [made.position_ids[extent.start] for extent in made.states.extents] == [0] * 4
+        longest = max(extent.length for extent in made.states.extents)
+        assert (
+            max(made.position_ids[len(made.states.pages) * 8 :])
+            == longest + len(llm.tokenizer.encode(asked(llm).ending())) - 1
+        )
+        own = logits(llm, asked(llm))
+    with load(tiny, APE(temperature=1, scale=1)) as llm:
+        assert not torch.allclose(logits(llm, asked(llm)), own, atol=1e-2)
+
+
 def test_positions_go_on_after_the_longest_context(tiny: Path) -> None:
     with load(tiny, APE()) as llm:
         prompt = asked(llm)

@@ -44,6 +44,9 @@ class APE(Technique):
         0.9, gt=0, le=1, description="T: below 1 sharpens attention within the contexts"
     )
     scale: float = Field(0.9, gt=0, le=1, description="S: below 1 lowers the weight of all contexts together")
+    shared_prefix: bool = Field(
+        True, description="off: every context is encoded alone (plain parallel encoding, to compare with)"
+    )
     store_mb: float | None = Field(
         None, gt=0, description="most 10^6 bytes of contexts kept in the KV cache; None: half of it"
     )
@@ -101,7 +104,9 @@ class ParallelContexts(PromptTransform):
             raise RequestError("the contexts are followed by no question: give at least one token")
         if not texts:
             return prompt.replace(token_ids=(*head, *tail))
-        place = len(head) + max(map(len, texts))
+        shared = self.settings.shared_prefix
+        begin = len(head) if shared else 0
+        place = max(len(head), begin + max(map(len, texts)))
         size, longest = self.engine.cache.page_size, self.context.config.max_positions
         if place + len(tail) >= longest:
             raise RequestError(
@@ -114,13 +119,13 @@ class ParallelContexts(PromptTransform):
                 f"the contexts and the question take {slots} slots of the KV cache, a request may have "
                 f"{self.engine.context}; raise max_context (it may exceed the model's window) or the KV memory"
             )
-        with self.store.states(head, texts) as states:
+        with self.store.states(head, texts, shared) as states:
             slotted: list[int] = []
             positions: list[int] = []
             for number, part in enumerate((head, *texts)):
                 empty = -len(part) % size
                 slotted += [*part, *part[-1:] * empty]  # slots that nobody reads
-                first = len(head) if number else 0
+                first = begin if number else 0
                 positions += [*range(first, first + len(part)), *[0] * empty]
             return prompt.replace(
                 token_ids=(*slotted, *tail),

@@ -73,9 +73,12 @@ class ContextStore:
     # -- asking --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def states(self, prefix: Sequence[int], texts: Sequence[Sequence[int]]) -> Iterator[States]:
+    def states(
+        self, prefix: Sequence[int], texts: Sequence[Sequence[int]], follow: bool = True
+    ) -> Iterator[States]:
         """What a sequence starts with that reads ``texts`` side by side after ``prefix`` (token ids, none empty).
 
+        follow: the texts are encoded as what follows the prefix; else each alone, from position 0 on (never in files).
         Nothing of it is given up inside the block. Raises `RequestError` if the store or the cache has no room.
         """
         need = self._pages(prefix) + sum(self._pages(ids) for ids in {tuple(ids) for ids in texts})
@@ -89,7 +92,7 @@ class ContextStore:
             first = self._get(None, tuple(prefix), pinned)
             pages, extents = list(first.pages), [Extent(0, len(prefix), False)]
             for ids in texts:
-                segment = self._get(first, tuple(ids), pinned)
+                segment = self._get(first if follow else None, tuple(ids), pinned)
                 extents.append(Extent(len(pages) * self.cache.page_size, len(segment.token_ids), True))
                 pages += segment.pages
             yield States(tuple(pages), tuple(extents))
