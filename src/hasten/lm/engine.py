@@ -104,8 +104,9 @@ class Engine:
         A ``max_tokens`` that the context cannot hold is no error: the sample ends with ``length`` when it is full.
         """
         params = params or SamplingParams()
+        submitted = time.perf_counter()  # what the prompt's transforms take is the request's time too
         request = Request(next(self._ids), self.intake.prompt(prompt), params, priority, on_delta=on_delta)
-        request.transforms = tuple(self.parts.transforms)
+        request.submitted_at, request.transforms = submitted, tuple(self.parts.transforms)
         return self._start(request)
 
     def fork(
