@@ -141,18 +141,23 @@ def drift(stand: Stand, ids: list[int], positions: int, arms: Sequence[int]) -> 
     stand.engine.cache.truncate(stand.kv, 0)
     stand.kv.exact = None
     assert stand.engine.cache.reserve(stand.kv, 0, len(ids))
-    for start in range(0, first, 512):
-        stand.feed(ids, start, min(start + 512, first))
-    dense: list[Tensor] = []
-    decoded(stand, ids, first, lambda _, logprob_V: dense.append(logprob_V.half()), Trace(), None)
+    for start in range(0, len(ids), 512):
+        stand.feed(ids, start, min(start + 512, len(ids)))
     kv_T = stand.cached(first, stand.kv.length)
-    traces: dict[int, Trace] = {}
-    for every in arms:
-        trace = traces[every] = Trace()
+
+    def begin(every: int | None) -> None:
         stand.engine.cache.truncate(stand.kv, first)
         stand.kv.exact = first
         assert stand.engine.cache.reserve(stand.kv, 0, len(ids))
         stand.arm(every)
+
+    begin(None)
+    dense: list[Tensor] = []
+    decoded(stand, ids, first, lambda _, logprob_V: dense.append(logprob_V.half()), Trace(), None)
+    traces: dict[int, Trace] = {}
+    for every in arms:
+        trace = traces[every] = Trace()
+        begin(every)
 
         def note(i: int, logprob_V: Tensor, kl: list[float] = trace.kl) -> None:
             want_V = dense[i].float()

@@ -412,26 +412,25 @@ def test_repairs_hold_the_drift_down(default_model_path, documentation):
         kv, first = engine.cache.open(engine.new_id()), TEXT - SCORED
         assert engine.cache.reserve(kv, 0, TEXT)
         engine.cache.attach(kv)
-        for start in range(0, first, 464):
-            engine.runner.run([Chunk(kv, start, ids[start : start + 464], range(start, start + 464), 0)])
-        assert kv.length == first
-        sparse, logprobs, dense_kv = policy.policy.rule, {}, None
+        for start in range(0, TEXT, 464):
+            part = ids[start : start + 464]
+            engine.runner.run([Chunk(kv, start, part, range(start, start + len(part)), 0)])
+        prefilled = cached(llm, kv, TEXT)
+        sparse, logprobs = policy.policy.rule, {}
         for every in (None, 1, 32, 10_000):
             policy.policy.rule = KeepRule(1.0, 16, 1) if every is None else sparse
             policy.every = every or 10_000
+            engine.cache.truncate(kv, first)
+            kv.exact = first
+            assert engine.cache.reserve(kv, 0, TEXT)
             rows = []
             for at in range(first, TEXT):
                 if every and (start := repair_from(kv, policy.repair)) is not None:
                     engine.runner.run([Chunk(kv, start, ids[start:at], range(start, at), 0)])
                     if every == 32:
-                        assert error(cached(llm, kv, at), dense_kv[..., :at, :]) < 1e-2
+                        assert error(cached(llm, kv, at), prefilled[..., :at, :]) < 1e-2
                 rows.append(engine.runner.run([Chunk(kv, at, [ids[at]], [at], 1)]))
             logprobs[every] = torch.log_softmax(torch.cat(rows).float(), -1)
-            if every is None:
-                dense_kv = cached(llm, kv, TEXT)
-            engine.cache.truncate(kv, first)
-            kv.exact = first
-            assert engine.cache.reserve(kv, 0, TEXT)
         engine.cache.close(kv)
     dense = logprobs.pop(None)
     kl = {every: float((dense.exp() * (dense - found)).sum(-1).mean()) for every, found in logprobs.items()}
