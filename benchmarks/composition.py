@@ -63,13 +63,12 @@ class Outcome:
 
 
 def built() -> list[str]:
-    """Slugs of the language-model techniques that have code and need no second model, in catalogue order."""
-    records = (*loader.records().values(), *loader.beside().values())
+    """Slugs of the language-model systems that have code, in catalogue order, and of the drafter that needs no model."""
+    records = (*loader.records().values(), loader.record("prompt_lookup"))
     return [
         r.slug
         for r in records
         if r.state != "planned"
-        and r.slug != "draft_model"
         and any(SLOTS[name].engine == "lm" and SLOTS[name].interface for name in r.slots)
     ]
 
