@@ -129,7 +129,7 @@ def check(
         assert answers(llm, given) == want, "a second run gave other tokens"
         assert not lossless or want == list(plain), "lossless, but not the plain model's tokens"
         _cancelled(llm, given)
-    except UnsupportedError as error:
+    except (UnsupportedError, ConflictError) as error:
         return Outcome(first, second, "refused", str(error))
     except (AssertionError, HastenError) as error:
         return Outcome(first, second, "fails", f"{type(error).__name__}: {error}")

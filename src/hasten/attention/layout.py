@@ -61,6 +61,7 @@ class StepLayout:
     extents: by sequence (0..S-1), where its first pages hold tokens (`KVCache.open` with states). The slots between
         extents hold nothing and are never read; the sequence's own tokens begin at the page after the last extent.
     recomputed: sequences (0..S-1) whose rows are cached tokens computed again in place; they read densely.
+    reading: sequences (0..S-1) that bring tokens of a prompt: no decode rows, be it a single one.
     """
 
     query_start_S1: Tensor
@@ -74,6 +75,7 @@ class StepLayout:
     trees: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     extents: Mapping[int, tuple[Extent, ...]] = field(default_factory=dict)
     recomputed: frozenset[int] = frozenset()
+    reading: frozenset[int] = frozenset()
 
     def layer(self, index: int) -> StepLayout:
         """The layout that layer ``index`` sees."""
@@ -90,8 +92,8 @@ class StepLayout:
     def decode_rows(self) -> Tensor:
         """bool [S]: sequences that bring exactly one row, a new one (decode), not a prefill chunk."""
         one_S = (self.query_start_S1[1:] - self.query_start_S1[:-1]) == 1
-        if self.recomputed:
-            one_S[list(self.recomputed)] = False
+        if self.recomputed or self.reading:
+            one_S[list(self.recomputed | self.reading)] = False
         return one_S
 
     def row_sequence_T(self) -> Tensor:

@@ -17,6 +17,7 @@ class Chunk:
     start: index of the first token in the sequence; tokens before it are cached, slots are reserved.
     positions: rotary positions of the tokens; logits: how many of the last rows need logits (0: none).
     embeddings_TE: rows to use instead of the embeddings of the chunk's first tokens.
+    prompt: whether the first of them is a prompt's token. Then they are read, not decoded, be it a single one.
     tree: parents of the last tokens, if they are nodes of a tree (`StepLayout.trees`); runs only where `Runner.trees`.
     """
 
@@ -27,3 +28,4 @@ class Chunk:
     logits: int
     embeddings_TE: Tensor | None = None
     tree: tuple[int, ...] = ()
+    prompt: bool = False

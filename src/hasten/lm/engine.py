@@ -482,4 +482,5 @@ def _chunk(work: Work) -> Chunk:
     rows_TE = sequence.request.prompt.embeddings_TE
     if rows_TE is not None:
         rows_TE = rows_TE[start:stop] if start < len(rows_TE) else None
-    return Chunk(sequence.kv, start, ids, positions, logits, rows_TE, tree)
+    prompt = start < sequence.prompt_length
+    return Chunk(sequence.kv, start, ids, positions, logits, rows_TE, tree, prompt)

@@ -172,7 +172,7 @@ class DecodeRound:
             kv, start, count = chunk.kv, chunk.start, len(pages)
             if kv.id != known or len(chunk.token_ids) != 1 or chunk.logits != 1 or kv.pages[:count] != pages:
                 return None
-            if chunk.embeddings_TE is not None or kv.missing is not None:
+            if chunk.embeddings_TE is not None or kv.missing is not None or (chunk.prompt and self.selectors):
                 return None
             at = start // page
             if at == count and start % page == 0:

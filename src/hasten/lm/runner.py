@@ -200,6 +200,7 @@ class _Step:
         if any(c.kv.missing is not None for c in chunks):
             self._track()
         self.recomputed = frozenset(s for s, c in enumerate(chunks) if c.start < c.kv.length)
+        self.reading = frozenset(s for s, c in enumerate(chunks) if c.prompt)
         self.by_layer: dict[int, StepLayout] = {}
         self._layouts: dict[bytes, StepLayout] = {}
         self.layout = self._layout(self.start_S, self.count_S, self.position_T, self.by_layer)
@@ -240,6 +241,7 @@ class _Step:
             trees={s: chunk.tree for s, chunk in enumerate(self.chunks) if chunk.tree},
             extents={s: chunk.kv.extents for s, chunk in enumerate(self.chunks) if chunk.kv.extents},
             recomputed=self.recomputed,
+            reading=self.reading,
         )
 
     def layout_of(self, layer: int) -> StepLayout:
@@ -369,7 +371,7 @@ class _Step:
         for s, chunk in enumerate(self.chunks):
             kv = chunk.kv
             if repair is not None:
-                note_exact(kv, repair, chunk.start, len(chunk.token_ids))
+                note_exact(kv, repair, chunk.start, len(chunk.token_ids), chunk.prompt)
             kv.length = max(kv.length, chunk.start + len(chunk.token_ids))
             if self.lack_LS is not None and self.lost_LS is not None:
                 self._commit_missing(kv, chunk.start, self.lack_LS[:-1, s], self.lost_LS[:-1, s])

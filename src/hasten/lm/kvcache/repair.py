@@ -20,8 +20,8 @@ def repair_from(kv: SequenceKV, repair: Repair, phase: int = 0) -> int | None:
     return exact if exact < due else None
 
 
-def note_exact(kv: SequenceKV, repair: Repair, start: int, count: int) -> None:
+def note_exact(kv: SequenceKV, repair: Repair, start: int, count: int, prompt: bool = False) -> None:
     """``count`` rows from token ``start`` on are being cached; ``kv.length`` does not count them yet."""
     exact = max(start if kv.exact is None else kv.exact, min(kv.length, repair.dense))
-    dense = count > 1 or start < kv.length  # a single new row is a decode row
+    dense = prompt or count > 1 or start < kv.length  # a single new row is a decode row
     kv.exact = max(exact, start + count) if dense and start <= exact else exact

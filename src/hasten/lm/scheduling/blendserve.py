@@ -180,7 +180,7 @@ class DualScanner(OfflineScheduler):
             return  # the job begins: nothing to balance yet
         reading = sum(self.rates.read * work.stop for work in step.work.values())
         balanced = density * reading / self.rates.token - len(step.work)
-        step.room = min(step.room, max(self.cache.page_size, round(balanced)))
+        step.room = min(step.room, max(self.cache.page_size, self.cache.grid, round(balanced)))
 
     def choose(self, step: Step) -> None:
         if self._ended >= self._renew_at:

@@ -83,7 +83,7 @@ class WholePrompts(QueueScheduler):
         self.admit(prompts, whole=True)
         step.work |= prompts.work
         step.room = prompts.room
-        if any(work.stop < len(s.token_ids) for s, work in step.work.items()):
+        if any(work.stop < len(s.token_ids) for s, work in prompts.work.items()):
             for sequence in decoding:  # the step goes on: nobody's next token comes before the prompt's end
                 step.take_back(sequence)
 
