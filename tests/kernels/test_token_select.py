@@ -102,6 +102,7 @@ def test_the_winners_are_the_reference_s(vote):
     keys, _, table = pool(3, 4, 125, 2, 16, 32, torch.float32)
     mean = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(1))
     length, judged, reusable, slot = ints(2000, 1500, 900, 1200), ints(1, 0, 1, 1), ints(0, 0, 1, 1), ints(2, 0, 0, 1)
+    local = ints(32, 0, 30, 32)
     found = []
     for choose in (token_select.token_choose, reference.token_choose):
         kept = Kept(torch.zeros(3, 6 * 32), torch.full((3, 40), 7, dtype=torch.int32), ints(0, 1190, 0))
@@ -109,7 +110,7 @@ def test_the_winners_are_the_reference_s(vote):
         lists = torch.zeros(4, 80, dtype=torch.int32)
         ballot = Ballot(40, vote)
         hits = choose(
-            mean, keys, table, length, judged, reusable, slot, lists, kept, ballot, first=8, local=32, theta=0.9
+            mean, keys, table, length, local, judged, reusable, slot, lists, kept, ballot, first=8, theta=0.9
         )
         found.append((hits, lists, kept.kept_CK, kept.known_CF, kept.made_C))
     assert found[0][0] == found[1][0] == 1
@@ -133,7 +134,7 @@ def test_equal_and_infinite_and_undefined_scores_still_give_k_tokens():
         one, no = ints(1), ints(0)
         ballot = Ballot(5, vote)
         token_select.token_choose(
-            mean, keys, table, ints(32), one, no, no, lists, kept, ballot, first=2, local=10, theta=1
+            mean, keys, table, ints(32), ints(10), one, no, no, lists, kept, ballot, first=2, theta=1
         )
         return lists[0, 2:7].tolist()
 

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "hasten.h"
@@ -299,16 +301,17 @@ void token_votes(Array<const float, -1, -1, -1> mean, std::uintptr_t k, int page
 }
 
 int token_choose(Array<const float, -1, -1, -1> mean, std::uintptr_t k, int pages, int groups, int page, int kind,
-                 Array<const std::int32_t, -1, -1> table, Ints length, Ints judged, Ints reusable, Ints slot, int first,
-                 int local, int vote, int top, float scale, int pool, float theta, int most_apart,
+                 Array<const std::int32_t, -1, -1> table, Ints length, Ints local, Ints judged, Ints reusable, Ints slot,
+                 int first, int vote, int top, float scale, int pool, float theta, int most_apart,
                  Array<float, -1, -1> known, Array<std::int32_t, -1, -1> kept, Array<std::int32_t, -1> made,
                  Array<std::int32_t, -1, -1> list) {
   const int units = static_cast<int>(mean.shape(0)), heads = static_cast<int>(mean.shape(1));
   const int size = static_cast<int>(mean.shape(2)), slots = static_cast<int>(made.shape(0));
   const int width = static_cast<int>(list.shape(1));
   const Source s = source(k, k, pages, groups, page, size, kind, table);
-  for (auto n : {table.shape(0), length.shape(0), judged.shape(0), reusable.shape(0), slot.shape(0), list.shape(0)})
-    require(static_cast<int>(n) == units, "table_UM, length_U, judged_U, reusable_U, slot_U and list_UW differ in units");
+  for (auto n : {table.shape(0), length.shape(0), local.shape(0), judged.shape(0), reusable.shape(0), slot.shape(0),
+                 list.shape(0)})
+    require(static_cast<int>(n) == units, "table_UM, length_U, local_U, judged_U, reusable_U, slot_U and list_UW differ in units");
   require(static_cast<int>(known.shape(0)) == slots && static_cast<int>(kept.shape(0)) == slots &&
               static_cast<int>(known.shape(1)) == heads * size && static_cast<int>(kept.shape(1)) == top,
           "known_CF, kept_CK and made_C do not fit");
@@ -316,7 +319,8 @@ int token_choose(Array<const float, -1, -1, -1> mean, std::uintptr_t k, int page
     if (!judged.data()[u]) continue;
     s.check(u, length.data()[u]);
     require(slot.data()[u] >= 0 && slot.data()[u] < slots, "slot_U names no slot");
-    require(length.data()[u] >= first + top + local && first + top + local <= width,
+    const int least = first + top + local.data()[u];
+    require(local.data()[u] >= 0 && length.data()[u] >= least && least <= width,
             "a unit that chooses has fewer tokens than it reads, or list_UW is too narrow");
   }
   int hits = 0;
@@ -333,7 +337,7 @@ int token_choose(Array<const float, -1, -1, -1> mean, std::uintptr_t k, int page
         cosine(q, last, heads * size) >= theta) {
       ++hits;
     } else {
-      const int count = tokens - local - first;
+      const int count = tokens - local.data()[u] - first;
       score.resize(static_cast<std::size_t>(count));
       votes(s, u, q, heads, first, count, {vote, top, pool, scale}, score.data());
       largest(score.data(), count, top, first, chosen);

@@ -4,8 +4,8 @@ Source: Wu et al., "TokenSelect: Efficient Long-Context Inference and Length Ext
 Token-Level KV Cache Selection", 2024, arXiv 2411.02886.
 
 Keys are cached before RoPE. Once a sequence holds more than ``n_init + k + n_local`` tokens, each chunk of prompt rows and
-each decoded row reads so many: the first, the ``k`` with the most votes (section 3.3), the last, among them the rows
-themselves. They are copied to pages of their own with the keys rotated to positions 0, 1, ... in that order and read as
+each decoded row reads so many: the first, the ``k`` with the most votes (section 3.3) and the last; a chunk reads its
+own rows beside them. They are copied to pages of their own with the keys rotated to positions 0, 1, ... in that order and read as
 a short sequence, so that no distance exceeds the budget however long the context is. Up to the budget all tokens are
 read that way, at their ordinary positions. All layers are treated alike; one choice serves all heads of a layer.
 
@@ -50,6 +50,10 @@ class TokenSelect(Technique):
     n_local: int = Field(256, ge=1, description="last tokens that every row reads, itself included")
     k: int = Field(512, ge=1, description="tokens chosen in between")
     chunk: int = Field(256, ge=1, description="prompt rows that choose together; at most n_local")
+    whole_local: bool = Field(
+        True,
+        description="every row of a chunk reads the n_local tokens up to itself; False: only its last row does",
+    )
     theta: float = Field(
         0.9,
         ge=-1,
@@ -72,11 +76,6 @@ class TokenSelect(Technique):
             raise ValueError(f"pool = {self.pool} must be 0 or odd")
         return self
 
-    @property
-    def budget(self) -> int:
-        """Tokens that a row of a long context reads at most."""
-        return self.n_init + self.k + self.n_local
-
     def provide(self, slot: str, context: BuildContext) -> AttentionPolicy:
         config = context.config
         if context.kv_dtype is torch.int8:
@@ -95,13 +94,14 @@ class _Step:
     """What all layers of a step share.
 
     judged_U, reusable_U: int32 0/1, units that choose, and those that may keep an earlier choice. length_U: cached
-    tokens, count_U: tokens read, table_UM: the pages they lie in. list_UW: which; a layer's choice goes in between.
+    tokens, local_U: how many of the last are read anyway, count_U: tokens read, table_UM: the pages they lie in. list_UW: which; a layer's choice goes in between.
     read: the layout of the copies, ``target`` pages for each unit.
     """
 
     layout: StepLayout
     row_start_U1: Tensor
     length_U: Tensor
+    local_U: Tensor
     count_U: Tensor
     judged_U: Tensor
     reusable_U: Tensor
@@ -152,20 +152,22 @@ class TokenSelectPolicy(AttentionPolicy):
         if not np.array_equal(layout.position_T.numpy(), expected):
             raise UnsupportedError("token_select assigns positions itself; a prompt with its own is refused")
         sequence, begin, length = _units(start_S1, first_S, s.chunk)
-        judged_U = length > s.budget
-        count_U = np.where(judged_U, s.budget, length)
+        row_U1 = np.append(begin, start_S1[-1])
+        local_U = s.n_local + (np.diff(row_U1) - 1 if s.whole_local else 0 * begin)
+        far = s.n_init + s.k  # where the last tokens begin in the list of a unit that chooses
+        judged_U = length > far + local_U
+        count_U = np.where(judged_U, far + local_U, length)
         width = int(count_U.max()) if len(count_U) else 1
-        list_UW = np.tile(np.arange(width, dtype=np.int32), (len(length), 1))
+        place_W = np.arange(width)
+        list_UW = place_W + (length - count_U)[:, None] * (place_W >= far)
         reusable_U = judged_U & (rows_S[sequence] == 1)
         slot_U = np.zeros(len(length), np.int32)
         if judged_U.any():
-            local_UW = (length[judged_U] - s.n_local)[:, None] + np.arange(s.n_local)
-            list_UW[judged_U, s.budget - s.n_local :] = local_UW
             slot_S = self._places(layout, first_S, np.unique(sequence[judged_U]))
             slot_U[judged_U] = slot_S[sequence[judged_U]]
         target = max(1, -(-width // layout.page_size))
         pages_ZM = np.arange(len(length) * target, dtype=np.int32).reshape(-1, target)
-        row_start_U1 = torch.from_numpy(np.append(begin, start_S1[-1]).astype(np.int32))
+        row_start_U1 = _ints(row_U1)
         read = StepLayout(
             query_start_S1=row_start_U1,
             kv_len_S=_ints(count_U),
@@ -175,21 +177,21 @@ class TokenSelectPolicy(AttentionPolicy):
             page_size=layout.page_size,
             sequence_ids=tuple(layout.sequence_ids[i] for i in sequence.tolist()),
         )
-        rows_U = np.diff(np.append(begin, start_S1[-1]))
         self._step = _Step(
             layout,
             row_start_U1,
             _ints(length),
+            _ints(local_U),
             read.kv_len_S,
             _ints(judged_U),
             _ints(reusable_U),
             _ints(slot_U),
             layout.page_table_SM[torch.from_numpy(sequence)].contiguous(),
-            torch.from_numpy(list_UW),
+            _ints(list_UW),
             read,
             target,
             int(judged_U.sum()),
-            max(width, s.n_local + int(rows_U.max()) if judged_U.any() else 0),
+            max(width, s.n_local + s.chunk),
             {},
         )
         for i, identity in enumerate(layout.sequence_ids):
@@ -211,6 +213,7 @@ class TokenSelectPolicy(AttentionPolicy):
                 pages.k_NGPD,
                 step.table_UM,
                 step.length_U,
+                step.local_U,
                 step.judged_U,
                 step.reusable_U,
                 step.slot_U,
@@ -218,7 +221,6 @@ class TokenSelectPolicy(AttentionPolicy):
                 self._kept[layer],
                 Ballot(s.k, s.vote, spec.scale if s.scaled else 1.0, s.pool),
                 first=s.n_init,
-                local=s.n_local,
                 theta=s.theta,
                 most_apart=-1 if s.reuse is None else s.reuse,
             )

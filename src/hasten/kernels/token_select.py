@@ -7,7 +7,7 @@ Keys lie *unrotated* in the pages. A unit is a run of consecutive query rows of 
   unit where the two fingerprints are alike.
 - `token_gather`: copies of chosen tokens in consecutive pages, each key rotated to its rank among the chosen.
 
-The candidates of a unit of ``length`` tokens are [first, length - local).
+The candidates of a unit of ``length`` tokens, of which it reads the last ``local`` anyway, are [first, length - local).
 
 Legend: U units, T query rows, H query heads, G kv heads, D head size, F = H D, R rotated dimensions, A table rows,
 N pages, P page size, M pages of a sequence, C slots of kept choices, K chosen tokens, W longest list, Z pages of a copy.
@@ -184,6 +184,7 @@ def token_choose(
     k_NGPD: Tensor,
     table_UM: Tensor,
     length_U: Tensor,
+    local_U: Tensor,
     judged_U: Tensor,
     reusable_U: Tensor,
     slot_U: Tensor,
@@ -192,7 +193,6 @@ def token_choose(
     ballot: Ballot,
     *,
     first: int,
-    local: int,
     theta: float,
     most_apart: int = -1,
 ) -> int:
@@ -204,8 +204,8 @@ def token_choose(
     """
     mean = _means(mean_UHD)
     pages, groups, page, kind = _pool(k_NGPD, *mean_UHD.shape[1:])
-    if first < 0 or local < 0:
-        raise ValueError(f"first and local must not be negative, not {first} and {local}")
+    if first < 0:
+        raise ValueError(f"first must not be negative, not {first}")
     if kept.known_CF.dtype is not torch.float32:
         raise TypeError(f"known_CF must be float32, not {kept.known_CF.dtype}")
     return int(
@@ -218,11 +218,11 @@ def token_choose(
             kind,
             index_array("table_UM", table_UM, 2),
             index_array("length_U", length_U, 1),
+            index_array("local_U", local_U, 1),
             index_array("judged_U", judged_U, 1),
             index_array("reusable_U", reusable_U, 1),
             index_array("slot_U", slot_U, 1),
             first,
-            local,
             VOTES.index(ballot.vote),
             ballot.k,
             ballot.scale,

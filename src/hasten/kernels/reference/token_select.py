@@ -75,6 +75,7 @@ def token_choose(
     k_NGPD: Tensor,
     table_UM: Tensor,
     length_U: Tensor,
+    local_U: Tensor,
     judged_U: Tensor,
     reusable_U: Tensor,
     slot_U: Tensor,
@@ -83,7 +84,6 @@ def token_choose(
     ballot: Ballot,
     *,
     first: int,
-    local: int,
     theta: float,
     most_apart: int = -1,
 ) -> int:
@@ -97,7 +97,7 @@ def token_choose(
         if reusable_U[u] and made > 0 and (most_apart < 0 or length - made <= most_apart) and alike:
             hits += 1
         else:
-            end_U = torch.tensor([length - local])
+            end_U = torch.tensor([length - int(local_U[u])])
             score = token_votes(mean_UHD[u : u + 1], k_NGPD, table_UM[u : u + 1], first, end_U, ballot)[0]
             kept.kept_CK[slot] = (_largest(score, ballot.k) + first).int()
             kept.known_CF[slot] = mean_F
