@@ -18,7 +18,7 @@ M pages of a row, B block, W blocks, K tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -52,6 +52,8 @@ class Resa(Technique):
     slug = "resa"
     slots = ("attention_policy",)
     lossless = False
+    # Dense decoding, and the same sparsity without repairs: what a repair costs in time and gives in quality.
+    baselines: ClassVar = ({}, {"use": {"resa": {"every": 0}}})
 
     block: int = Field(16, ge=1, le=1024, description="tokens of a block; must divide the page size")
     ratio: float = Field(0.1, gt=0, le=1, description="share of its blocks that a decode row reads")
