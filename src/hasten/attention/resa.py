@@ -18,13 +18,13 @@ M pages of a row, B block, W blocks, K tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+from hasten.attention.layout import AttentionSpec, HeadShape, KVPages, StepLayout
 from hasten.attention.policy import (
     AttentionPolicy,
     Dense,
@@ -34,7 +34,7 @@ from hasten.attention.policy import (
     TokenSelection,
 )
 from hasten.catalog import loader
-from hasten.core.errors import ConflictError, SettingError
+from hasten.core.errors import ConflictError, SettingError, UnsupportedError
 from hasten.core.plan import parse_use
 from hasten.core.technique import Technique
 from hasten.kernels import bounds
@@ -53,7 +53,7 @@ class Resa(Technique):
     slots = ("attention_policy",)
     lossless = False
     # Dense decoding, and the same sparsity without repairs: what a repair costs in time and gives in quality.
-    baselines: ClassVar = ({}, {"use": {"resa": {"every": 0}}})
+    baselines: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"use": {"resa": {"every": 0}}})
 
     block: int = Field(16, ge=1, le=1024, description="tokens of a block; must divide the page size")
     ratio: float = Field(0.1, gt=0, le=1, description="share of its blocks that a decode row reads")
@@ -78,9 +78,15 @@ class Resa(Technique):
     def _blocks(self, context: BuildContext) -> BlockPolicy:
         rule = bounds.KeepRule(self.ratio, self.min_blocks, self.local)
         dtype = torch.float32 if context.kv_dtype is torch.float32 else torch.bfloat16
-        shape = context.config.shape
+        config = context.config
+        # A sliding window bounds what a layer reads better than a selection would.
+        sparse = [layer for layer in range(config.num_layers) if config.attention(layer).window is None]
+        if not sparse:
+            raise UnsupportedError(
+                "resa: all layers of this model read a sliding window; there is nothing to select from"
+            )
         return BlockPolicy(
-            rule, self.block, dtype, layers=context.config.num_layers, heads=shape.heads, size=shape.size
+            rule, self.block, dtype, layers=config.num_layers, sparse=sparse, shape=config.shape
         )
 
     def _other(self, over: str, context: BuildContext) -> AttentionPolicy:
@@ -96,7 +102,8 @@ class Resa(Technique):
 class BlockPolicy(AttentionPolicy):
     """Group block-sparse attention at decode (section 2.1), for one model.
 
-    rule: which share of the blocks is read. block: their tokens. dtype: of the boxes, that of the pages.
+    rule: which share of the blocks is read. block: their tokens. dtype: of the boxes, that of the pages. sparse: the
+    layers that select, of all ``layers``.
     """
 
     def __init__(
@@ -106,11 +113,11 @@ class BlockPolicy(AttentionPolicy):
         dtype: torch.dtype,
         *,
         layers: int,
-        heads: int,
-        size: int,
+        sparse: Sequence[int],
+        shape: HeadShape,
     ) -> None:
         self._rule, self.block, self.dtype = rule, block, dtype
-        self.layers, self.heads, self.size = layers, heads, size
+        self.layers, self.sparse, self.shape = layers, tuple(sparse), shape
         self.bounds: Mapping[int, Tensor] = {}
         self._selectors: tuple[Selector | None, ...] = ()
         self._chosen: tuple[Tensor, Tensor, Tensor] | None = (
@@ -130,18 +137,21 @@ class BlockPolicy(AttentionPolicy):
 
     def sidecars(self) -> tuple[SidecarSpec, ...]:
         """Two keys' worth of numbers per block and kv head."""
-        return (SidecarSpec(SIDECAR, (2, self.size), self.dtype, per=self.block),)
+        return (SidecarSpec(SIDECAR, (2, self.shape.size), self.dtype, self.block, self.sparse),)
 
     def bind(self, sidecars: Mapping[str, Mapping[int, Tensor]]) -> None:
         self.bounds, self._selectors = sidecars[SIDECAR], ()
 
     def selectors(self) -> Sequence[Selector | None]:
         if not self._selectors and self.rule.whole is not None:
-            self._selectors = tuple(self._selector(self.bounds[layer]) for layer in range(self.layers))
+            self._selectors = tuple(self._selector(layer) for layer in range(self.layers))
         return self._selectors
 
-    def _selector(self, bounds_: Tensor) -> Selector:
-        return bounds.BoundsSelector(bounds_, bounds_.shape[2] * self.block, self.rule, heads=self.heads)
+    def _selector(self, layer: int) -> Selector | None:
+        box = self.bounds.get(layer)
+        if box is None:
+            return None
+        return bounds.BoundsSelector(box, box.shape[2] * self.block, self.rule, heads=self.shape.heads)
 
     def begin_step(self, layout: StepLayout) -> None:
         """Decode rows that see more blocks than are read in any case choose; other rows make boxes anew."""
@@ -181,6 +191,8 @@ class BlockPolicy(AttentionPolicy):
         self._widening = layout.query_start_S1[:-1][decode_S].long()
 
     def on_append(self, layer: int, k_TGD: Tensor, layout: StepLayout) -> None:
+        if layer not in self.bounds:
+            return
         row, slot_T = self._widening, layout.slot_T
         if row is not None:
             k_TGD, slot_T = k_TGD[row], slot_T[row]
@@ -189,6 +201,12 @@ class BlockPolicy(AttentionPolicy):
     def select(
         self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
     ) -> Selection:
+        if layer not in self.bounds:
+            return Dense()
+        if not isinstance(pages, KVPages):
+            raise UnsupportedError(
+                f"resa cannot read keys from {type(pages).__name__}; remove the KV format of the plan"
+            )
         if self._rebuilt is not None:
             bounds.bounds_rebuild(pages.k_NGPD, *self._rebuilt, self.bounds[layer])
         if self._chosen is None:
