@@ -26,6 +26,7 @@ from ..lm.lm_tiny import write_checkpoint
 # Settings that make a technique act on prompts of a few dozen tokens, or calibrate in no time.
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamas": {"budget": 16, "calibration_tokens": 256},
+    "delta": {"pages": 3, "page": 4, "recent": 1, "selections": 1, "calibration_tokens": 64},
     "flash_attention": {"min_rows": 2},
     "flash_attention2": {"min_rows": 2},
     "gptq": {"group_size": 32, "samples": 4, "sample_length": 64},

@@ -1,0 +1,218 @@
+"""`delta`: decode rows whose layers share a choice of pages, made by the few layers that read densely.
+
+Source: Entezari Zarch et al., "DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning", 2025,
+arXiv 2510.09883.
+
+The layers of a list F read every token. Those of them that a sparse layer follows are *selection layers*: the
+attention mass of each cached token, the largest over the query heads, is summed by page, and the pages with the largest
+sums (the last few in any case) are what all sparse layers read until the next selection layer, all heads alike. The
+choice is made anew in every step; keys and values of all tokens stay cached in all layers. Prefill, and sequences of no
+more pages than are chosen, are dense.
+
+F is calibrated: the first two layers, and then, one by one, the layer that makes the worst-served sparse layer's
+attention mass within its pages largest.
+
+A page here is ``page`` consecutive tokens of a sequence; pages of the cache may be larger or smaller.
+
+Legend: T rows, R sparse rows, H query heads, G kv heads, L cached tokens, C pages of a row, K chosen tokens, N layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
+from hasten.attention.policy import AttentionPolicy, Dense, DenseScores, Selection, TokenSelection
+from hasten.core.errors import SettingError, UnsupportedError
+from hasten.core.technique import Technique
+from hasten.weights.calibrate_data import token_digest
+
+if TYPE_CHECKING:
+    from hasten.models.context import BuildContext
+
+CONTEXT = 8192  # tokens whose share of chosen pages the calibration imitates on a shorter text
+
+
+class Delta(Technique):
+    """A few dense layers choose, step by step, the pages that the other layers' decode rows read."""
+
+    slug = "delta"
+    slots = ("attention_policy",)
+    lossless = False
+
+    pages: int = Field(64, ge=1, description="pages a sparse layer reads, the last ones included")
+    page: int = Field(16, ge=1, le=1024, description="tokens of a page")
+    recent: int = Field(8, ge=1, description="last pages that are always read")
+    keep_first: bool = Field(False, description="always read the first page too (not in the paper)")
+    compression_ratio: float = Field(
+        1.0, ge=1, description="sparse where a row has so many times `pages` pages"
+    )
+    full: tuple[int, ...] | None = Field(None, description="layers that read densely; None: calibrate")
+    selections: int = Field(3, ge=1, description="layers that calibration adds to the first two")
+    calibration_tokens: int = Field(2048, ge=64, description="tokens that the layers are chosen on")
+
+    def provide(self, slot: str, context: BuildContext) -> AttentionPolicy:
+        layers = context.config.num_layers
+        if self.recent + self.keep_first > self.pages:
+            raise SettingError(f"delta.recent = {self.recent}: must leave room within pages = {self.pages}")
+        if any(context.config.attention(layer).window is not None for layer in range(layers)):
+            raise UnsupportedError("delta needs layers that read the whole context, not a sliding window")
+        full = self.full
+        if full is None:
+            full = choose_layers(coverage(context, self), self.selections)
+        if 0 not in full or not all(0 <= layer < layers for layer in full):
+            raise SettingError(f"delta.full = {list(full)}: must hold layer 0 and lie within 0..{layers - 1}")
+        return DeltaPolicy(self, full, layers)
+
+
+def selection_layers(full: Sequence[int], layers: int) -> frozenset[int]:
+    """The dense layers that a sparse layer follows."""
+    return frozenset(layer for layer in full if layer + 1 < layers and layer + 1 not in full)
+
+
+def page_scores(probs_RHL: Tensor, page: int) -> Tensor:
+    """Scores [R, C] of pages: the tokens' attention masses, the largest over the heads, summed by page."""
+    mass_RL = probs_RHL.amax(1)
+    return pad(mass_RL, (0, -mass_RL.shape[1] % page)).unflatten(1, (-1, page)).sum(2)
+
+
+def top_pages(
+    score_RC: Tensor, pages_R: Tensor, pages: int, recent: int, *, keep_first: bool = False
+) -> Tensor:
+    """int64 [R, pages], ascending: the best pages of rows that have ``pages_R`` > ``pages`` of them."""
+    index_C = torch.arange(score_RC.shape[1])
+    score_RC = score_RC - 1e-7 * index_C
+    left_RC = pages_R[:, None] - index_C  # pages from here to the end
+    score_RC = score_RC.masked_fill((left_RC > 0) & (left_RC <= recent), float("inf"))
+    if keep_first:
+        score_RC[:, 0] = float("inf")
+    score_RC = score_RC.masked_fill(left_RC <= 0, float("-inf"))
+    return score_RC.topk(pages, dim=1).indices.sort(dim=1).values
+
+
+class DeltaPolicy(AttentionPolicy):
+    """The policy for one model of ``layers`` layers, those of ``full`` dense."""
+
+    def __init__(self, settings: Delta, full: Sequence[int], layers: int) -> None:
+        self.settings = settings
+        self.full = frozenset(full)
+        self.choosing = selection_layers(full, layers)
+        self._row_R: Tensor | None = None
+        self._length_R = torch.zeros(0, dtype=torch.int64)
+        self._chosen: tuple[Tensor, Tensor] | None = None  # index_RK and count_R of the last selection layer
+
+    def begin_step(self, layout: StepLayout) -> None:
+        s = self.settings
+        pages_S = -(-layout.kv_len_S // s.page)
+        chosen_S = layout.decode_rows() & (pages_S > s.compression_ratio * s.pages)
+        self._row_R = self._chosen = None
+        if bool(chosen_S.any()):
+            self._row_R = layout.query_start_S1[:-1][chosen_S].long()
+            self._length_R = layout.kv_len_S[chosen_S].long()
+
+    def select(
+        self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
+    ) -> Selection:
+        if self._row_R is None:
+            return Dense()
+        if layer in self.full:
+            return DenseScores() if layer in self.choosing else Dense()
+        if self._chosen is None:
+            raise UnsupportedError(f"layer {layer} comes before any layer that chose pages")
+        index_RK, count_R = self._chosen
+        groups = spec.shape.kv_heads
+        return TokenSelection(
+            self._row_R,
+            index_RK[:, None].expand(-1, groups, -1).contiguous(),
+            count_R[:, None].expand(-1, groups).contiguous(),
+        )
+
+    def observe(self, layer: int, probs_THL: Tensor, layout: StepLayout) -> None:
+        if self._row_R is None:
+            return
+        s = self.settings
+        score_RC = page_scores(probs_THL[self._row_R], s.page)
+        pages_R = -(-self._length_R // s.page)
+        page_RC = top_pages(score_RC, pages_R, s.pages, s.recent, keep_first=s.keep_first)
+        index_RK = (page_RC[..., None] * s.page + torch.arange(s.page)).flatten(1)
+        count_R = (index_RK < self._length_R[:, None]).sum(1)  # only the last page may end early
+        self._chosen = index_RK.to(torch.int32), count_R.to(torch.int32)
+
+
+# -- which layers choose ------------------------------------------------------------------------------------------
+
+
+def coverage(context: BuildContext, settings: Delta) -> Tensor:
+    """float32 [N, N]: the share of layer j's attention mass that lies in the pages that layer i would choose.
+
+    Averaged over rows of calibration text and heads; as large a share of the pages is chosen as of `CONTEXT` tokens.
+    Kept as an artefact of the model.
+    """
+    from hasten.attention.calibration import calibration_ids
+
+    ids = calibration_ids(context, settings.calibration_tokens)
+    choice = settings.model_dump(include={"pages", "page", "recent", "keep_first"})
+    made_from = {"tokens": token_digest([ids]), "choice": choice, "version": 1}
+
+    def write(folder: Path) -> None:
+        save_file({"coverage": measure(context, settings, ids)}, folder / "coverage.safetensors")
+
+    folder = context.artefacts.build("delta-coverage", made_from, write)
+    return load_file(folder / "coverage.safetensors")["coverage"]
+
+
+@torch.inference_mode()
+def measure(context: BuildContext, settings: Delta, ids: Sequence[int], rows: int = 32) -> Tensor:
+    """`coverage`, measured on ``rows`` rows of the second half of ``ids``."""
+    from hasten.attention.calibration import capture
+
+    q_NTHD, k_NTGD = capture(context, ids)
+    total = -(-len(ids) // settings.page)
+    row_R = torch.linspace(len(ids) // 2, len(ids) - 1, min(rows, len(ids) // 2)).long()
+    pages_R = row_R // settings.page + 1
+    wanted = max(settings.recent + settings.keep_first + 1, settings.pages * len(ids) // CONTEXT)
+    wanted = min(wanted, int(pages_R.min()))
+    hidden_RT = torch.arange(len(ids)) > row_R[:, None]
+    mass_N, chosen_N = [], []
+    for layer, (q_THD, k_TGD) in enumerate(zip(q_NTHD, k_NTGD, strict=True)):
+        spec = context.config.attention(layer)
+        q_RGJD = q_THD[row_R].unflatten(1, (k_TGD.shape[1], -1))
+        logit_RHT = (torch.einsum("rgjd,tgd->rgjt", q_RGJD, k_TGD) * spec.scale).flatten(1, 2)
+        if spec.softcap is not None:
+            logit_RHT = spec.softcap * torch.tanh(logit_RHT / spec.softcap)
+        probs_RHT = logit_RHT.masked_fill(hidden_RT[:, None], float("-inf")).softmax(-1)
+        mass_RT = probs_RHT.mean(1)
+        mass_N.append(pad(mass_RT, (0, total * settings.page - len(ids))).unflatten(1, (total, -1)).sum(2))
+        score_RC = page_scores(probs_RHT, settings.page)
+        chosen_N.append(top_pages(score_RC, pages_R, wanted, settings.recent, keep_first=settings.keep_first))
+    share = [[float(mass.gather(1, chosen).sum(1).mean()) for mass in mass_N] for chosen in chosen_N]
+    return torch.tensor(share)
+
+
+def choose_layers(coverage_NN: Tensor, count: int) -> tuple[int, ...]:
+    """F: layers 0 and 1 and, one by one, ``count`` more, each for the worst-covered sparse layer."""
+    layers = coverage_NN.shape[0]
+    full = [layer for layer in (0, 1) if layer < layers]
+
+    def served(chosen: Sequence[int]) -> tuple[float, float]:
+        """Coverage of the worst sparse layer, and the mean."""
+        got = [
+            float(coverage_NN[max(f for f in chosen if f < layer), layer])
+            for layer in range(layers)
+            if layer not in chosen
+        ]
+        return (min(got), sum(got) / len(got)) if got else (1.0, 1.0)
+
+    for _ in range(min(count, layers - len(full))):
+        full = sorted(
+            [*full, max((c for c in range(layers) if c not in full), key=lambda c: served([*full, c]))]
+        )
+    return tuple(full)
