@@ -153,8 +153,8 @@ class DeltaPolicy(AttentionPolicy):
 def coverage(context: BuildContext, settings: Delta) -> Tensor:
     """float32 [N, N]: the share of layer j's attention mass that lies in the pages that layer i would choose.
 
-    Averaged over rows of calibration text and heads; as large a share of the pages is chosen as of `CONTEXT` tokens.
-    Kept as an artefact of the model.
+    Averaged over rows of calibration text and heads; as large a share of the pages is chosen, and of the last ones
+    kept, as of `CONTEXT` tokens. Kept as an artefact of the model.
     """
     from hasten.attention.calibration import calibration_ids
 
@@ -178,7 +178,8 @@ def measure(context: BuildContext, settings: Delta, ids: Sequence[int], rows: in
     total = -(-len(ids) // settings.page)
     row_R = torch.linspace(len(ids) // 2, len(ids) - 1, min(rows, len(ids) // 2)).long()
     pages_R = row_R // settings.page + 1
-    wanted = max(settings.recent + settings.keep_first + 1, settings.pages * len(ids) // CONTEXT)
+    recent = max(1, settings.recent * len(ids) // CONTEXT)
+    wanted = max(recent + settings.keep_first + 1, settings.pages * len(ids) // CONTEXT)
     wanted = min(wanted, int(pages_R.min()))
     hidden_RT = torch.arange(len(ids)) > row_R[:, None]
     mass_N, chosen_N = [], []
