@@ -37,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "marlin": {"group_size": 32, "samples": 4, "sample_length": 64},
     # min_rows: by default the rows of a call decide whether they are rounded. 8 bits: a step of 4 bits, taken when
     # float32 sums in another order put an input beyond a tie, would change the answers of this tiny model.
+    "pbs_attn": {"block": 8, "segment": 16, "min_rows": 2},
+    "sparge_attn": {"min_rows": 2},
     "quik": {"bits": 8, "outliers": 8, "min_rows": 1, "samples": 4, "sample_length": 64},
     "t_man": {"bits": 4, "group_size": 32, "samples": 4, "sample_length": 64},
 }

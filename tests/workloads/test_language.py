@@ -23,6 +23,7 @@ SMALL = {
         "quality_tokens": 8,
     },
     "prefill": {"tokens": 20, "quality_texts": 2, "quality_tokens": 30, "answer_tokens": 4},
+    "long-prefill": {"tokens": 90, "quality_tokens": 8, "answer_tokens": 4},
     "long-decode": {"context": 100, "tokens": 6, "quality_tokens": 8},
     "batch-decode": {
         "requests": 5,
@@ -81,6 +82,7 @@ def test_describes_itself(job):
 UNITS = {
     "decode": 2 * 5,
     "prefill": 2 * 20,
+    "long-prefill": 90,
     "long-decode": 5,
     "shared-prefix": 4 * 5,
     "edit": 2 * 5,

@@ -1,5 +1,5 @@
 // What block-sparse attention chooses blocks by: pooled blocks and their self-similarity, keys' importance and the order
-// that follows from it, keys rounded to 8 bits.
+// that follows from it, rounded keys.
 //
 // Sources: PBS-Attn (arXiv 2510.21270) for `probe` and `order`, SpargeAttn (arXiv 2502.18137) for `pool` and `quantise`.
 //
@@ -200,10 +200,11 @@ void pool_rows(std::uintptr_t q, std::uintptr_t mean, std::uintptr_t similarity,
   }
 }
 
-// Keys less `center` [G][D] as 8-bit codes with a scale per tile of kTile tokens: codes [G][tiles][D / 2][kTile][2] (16 bits,
-// as their products are made), zero past the end; scale [G][tiles] = largest magnitude / 127 + 1e-7, round half away from 0.
+// Keys less `center` [G][D] as codes of up to `limit` with a scale per tile of kTile tokens: codes [G][tiles][D / 2][kTile][2] (16 bits,
+// as their products are made), zero past the end; scale [G][tiles] = largest magnitude / limit + 1e-7, round half away from 0.
 void quantise_keys(std::uintptr_t k, blocks::Table table, std::uintptr_t center, std::uintptr_t codes, std::uintptr_t scale,
-                   int length, int groups, int size, int pages, int page, int kind) {
+                   int length, int groups, int size, int pages, int page, int kind, int limit) {
+  require(limit > 0 && limit < 32768, "codes are 16 bits");
   require(size % 2 == 0, "codes need an even head size");
   blocks::check_table(table, length, pages, page);
   const blocks::Cached kv{reinterpret_cast<const void*>(k), nullptr, table.data(), length, groups, size, page};
@@ -223,7 +224,7 @@ void quantise_keys(std::uintptr_t k, blocks::Table table, std::uintptr_t center,
         for (int d = 0; d < size; ++d) to[d] -= middle[d], most = std::max(most, std::fabs(to[d]));
       }
     });
-    const float step = most / 127.0f + 1e-7f, steps = 1.0f / step;
+    const float step = most / static_cast<float>(limit) + 1e-7f, steps = 1.0f / step;
     reinterpret_cast<float*>(scale)[i] = step;
     std::int16_t* code = reinterpret_cast<std::int16_t*>(codes) + static_cast<std::size_t>(i) * size * kTile;
     for (int t = 0; t < kTile; ++t)

@@ -7,8 +7,8 @@
 //
 // Where a head's `floor` is below 0, a tile whose scores lie more than that below what a group of rows has seen (base 2) is left out: its
 // weights could not change the result by more than 2^floor each (SpargeAttn section 3.4, lambda log2 e).
-// With codes, scores are integer products: queries are rounded to 8 bits per query block, keys come rounded per tile
-// (SageAttention; `quantise_keys`). Sums of products of 8-bit codes are exact in 32 bits for heads of up to 131072.
+// With codes, scores are integer products: queries are rounded per query block, keys come rounded per tile (SageAttention;
+// `quantise_keys`). AVX2 multiplies 16-bit integers, so codes of up to 12 bits cost what 8 bits do.
 //
 // Legend: X head groups of the lists, Q query blocks, L tokens, T rows (the last ones of the L), D head size.
 #include <omp.h>
@@ -33,6 +33,7 @@ struct Call {
   const std::int32_t* order;         // [choices][length], or null for cache order
   const std::int16_t* codes;         // [groups][tiles][size / 2][kTile][2], or null
   const float* code_scale;           // [groups][tiles]
+  int code_limit;                    // largest code
   const float* floor;                // [heads], or null
   float scale, cap;
 
@@ -72,16 +73,16 @@ struct Filtered : Logits {
   }
 };
 
-// Query vectors rounded to 8 bits with one scale: [group of rows][size / 2][kGroup][2].
+// Query vectors rounded with one scale: [group of rows][size / 2][kGroup][2].
 struct Rounded {
   std::vector<std::int16_t> code;
   float scale = 0;
 
-  void fill(const float* q, std::size_t stride, int rows, int size) {
+  void fill(const float* q, std::size_t stride, int rows, int size, int limit) {
     float most = 0;
     for (int r = 0; r < rows; ++r)
       for (int d = 0; d < size; ++d) most = std::max(most, std::fabs(q[r * stride + d]));
-    scale = most / 127.0f + 1e-7f;
+    scale = most / static_cast<float>(limit) + 1e-7f;
     const int padded = (rows + kGroup - 1) / kGroup * kGroup;
     code.assign(static_cast<std::size_t>(padded) * size, 0);
     const float steps = 1.0f / scale;
@@ -173,7 +174,7 @@ bool run_block(const Call& c, int head, int query, Counts& counts) {
   st.begin(count, size);
   for (int i = 0; i < count; ++i) st.load(i, q + i * stride, size, policy.query);
   scratch.ready(size);
-  if (c.codes) work.rounded.fill(q, stride, count, size);
+  if (c.codes) work.rounded.fill(q, stride, count, size, c.code_limit);
 
   Tokens<KV> tile;
   auto lowest = [&](int position) { return c.window > 0 ? std::max(0, position + 1 - c.window) : 0; };
@@ -273,8 +274,8 @@ void check_order(const Call& c) {
 // Returns (groups of rows x tiles met, those left out).
 nb::tuple attend_blocks(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t lse,
                         blocks::Table table, Array<const std::int32_t, -1> start, Array<const std::int32_t, -1> list,
-                        std::uintptr_t order, std::uintptr_t codes, std::uintptr_t code_scale, std::uintptr_t floor, int rows,
-                        int length, int heads, int groups, int size, int pages, int page, int kind, int choices, int block,
+                        std::uintptr_t order, std::uintptr_t codes, std::uintptr_t code_scale, std::uintptr_t floor, int code_limit,
+                        int rows, int length, int heads, int groups, int size, int pages, int page, int kind, int choices, int block,
                         int query_block, int window, float scale, float softcap) {
   require(block > 0 && query_block > 0, "block and query_block must be positive");
   require(rows >= 0 && rows <= length, "the rows are the last of the sequence's tokens; there are more rows than tokens");
@@ -287,11 +288,14 @@ nb::tuple attend_blocks(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, st
                reinterpret_cast<const float*>(q), reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse),
                rows, heads, choices, block, query_block, queries, window, start.data(), list.data(),
                reinterpret_cast<const std::int32_t*>(order), reinterpret_cast<const std::int16_t*>(codes),
-               reinterpret_cast<const float*>(code_scale), reinterpret_cast<const float*>(floor), scale, softcap};
+               reinterpret_cast<const float*>(code_scale), code_limit, reinterpret_cast<const float*>(floor), scale, softcap};
   check_lists(c, start.shape(0), list.shape(0));
   if (c.order) check_order(c);
   require(c.codes == nullptr || (c.order == nullptr && block % kTile == 0 && size % 2 == 0 && softcap == 0),
           "codes need cache order, blocks of whole tiles of 64 tokens, an even head size and no softcap");
+  require(c.codes == nullptr || (code_limit > 0 && code_limit < 32768 &&
+                                 static_cast<std::int64_t>(code_limit) * code_limit * size <= INT32_MAX),
+          "sums of products of such codes do not fit 32 bits");
   Counts counts;
   std::atomic<bool> all{true};
   {

@@ -2,9 +2,10 @@
 
 Source: SpargeAttn, arXiv 2502.18137, section 3.6 and its reference code. Error is relative L1, ``sum |O - dense| / sum |dense|``
 of a head. For each input and each theta (steps of 1/16), the smallest tau with an error under ``l1`` is found by
-bisection (to 1e-3), until a larger theta leaves less than a tenth of the blocks out; then the smallest bound of the filter (to
-0.1) under ``l2`` that adds no more than ``l2 - l1``. Inputs are combined by theta: the one under which most is left out in total, and of its tau and bounds the
-largest. A head that leaves out a tenth or less stays dense.
+bisection (to 1e-3), until a larger theta leaves less than a tenth of the blocks out. Inputs are combined by theta: the one under which most
+is left out in total, and the largest tau it was given. A head that leaves out a tenth or less stays dense. With
+these, the smallest bound of the filter is sought per input (to 0.1) that stays under ``l2`` and adds no more than ``l2 - l1``, and
+the largest of them taken.
 
 What a query block gets from a key block is computed once per input and layer (output and log-sum-exp of the pair, on
 every fourth row); any choice of blocks is then a weighted mean of those, so a bisection costs little. The filter is
@@ -54,7 +55,7 @@ def calibrated(context: BuildContext, settings: SpargeAttn) -> HeadSettings:
         "tokens": token_digest(texts),
         "l1": settings.l1,
         "l2": settings.l2,
-        "int8": settings.int8,
+        "bits": settings.bits,
         "sink": settings.sink,
         "version": 1,
     }
@@ -114,12 +115,21 @@ def calibrate(context: BuildContext, settings: SpargeAttn, texts: Sequence[Seque
     rows = []
     for layer in range(context.config.num_layers):
         spec = context.config.attention(layer)
-        heads = [
-            Candidates.of(c.q_LTHD[layer], as_pages(c.k_LTGD[layer], c.v_LTGD[layer]), spec, settings)
-            for c in captured
+        inputs = [
+            (c.q_LTHD[layer].contiguous(), as_pages(c.k_LTGD[layer], c.v_LTGD[layer])) for c in captured
         ]
-        rows.append(combine(heads))
+        rows.append(calibrate_layer(inputs, spec, settings))
     return HeadSettings(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def calibrate_layer(
+    inputs: Sequence[tuple[Tensor, Cached]], spec: AttentionSpec, settings: SpargeAttn
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(theta_H, tau_H, skip_H) of a layer from queries (float32 [T, H, D], contiguous) and keys and values per input."""
+    theta_H, tau_H = combine([Candidates.of(q, cached, spec, settings) for q, cached in inputs])
+    bound = [filter_bound(q, cached, spec, settings, theta_H, tau_H) for q, cached in inputs]
+    skip_H = torch.stack(bound).amax(0).masked_fill(theta_H >= 1, 0.0)
+    return theta_H, tau_H, skip_H
 
 
 def as_pages(k_TGD: Tensor, v_TGD: Tensor) -> Cached:
@@ -136,7 +146,7 @@ def as_pages(k_TGD: Tensor, v_TGD: Tensor) -> Cached:
 class Pairs:
     """Attention of each query block with each key block of one layer and input, on every `STRIDE`-th row."""
 
-    def __init__(self, q_THD: Tensor, cached: Cached, center_GD: Tensor, scale: float, int8: bool) -> None:
+    def __init__(self, q_THD: Tensor, cached: Cached, center_GD: Tensor, scale: float, bits: int) -> None:
         length, heads, _ = q_THD.shape
         k_GLD = cached.k_NGPD.transpose(0, 1).flatten(1, 2)[:, :length]
         v_GLD = cached.v_NGPD.transpose(0, 1).flatten(1, 2)[:, :length]
@@ -147,11 +157,11 @@ class Pairs:
         v_HLD = v_GLD.repeat_interleave(repeat, 0)
         self.dense_HRD = exact.masked_fill(hidden, -torch.inf).softmax(-1) @ v_HLD
         scores = exact
-        if int8:
-            codes = quantise_keys(cached, center_GD)
+        if bits:
+            codes = quantise_keys(cached, center_GD, bits)
             k_GWPD = codes.code_GWD2.float().transpose(2, 3).flatten(3) * codes.scale_GW[..., None, None]
             k_HLD = k_GWPD.flatten(1, 2)[:, :length].repeat_interleave(repeat, 0)
-            q_THD = torch.cat([_rounded(part) for part in q_THD.split(QUERY_BLOCK)])
+            q_THD = torch.cat([_rounded(part, codes.limit) for part in q_THD.split(QUERY_BLOCK)])
             scores = torch.einsum("rhd,hld->hrl", q_THD[::STRIDE], k_HLD) * scale
         scores = scores.masked_fill(hidden, -torch.inf)
         pad = blocks * KEY_BLOCK - length
@@ -176,26 +186,24 @@ def relative(out_HRD: Tensor, dense_HRD: Tensor) -> Tensor:
     return off.sum((1, 2)) / dense_HRD.abs().sum((1, 2)).clamp_min(1e-30)
 
 
-def _rounded(q_THD: Tensor) -> Tensor:
-    scale = q_THD.abs().amax((0, 2), keepdim=True) / 127 + 1e-7
+def _rounded(q_THD: Tensor, limit: int) -> Tensor:
+    scale = q_THD.abs().amax((0, 2), keepdim=True) / limit + 1e-7
     return (q_THD / scale).round() * scale
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What one input asks of one layer: theta [C], and per theta and head tau, skip and the share left out [C, H]."""
+    """What one input asks of one layer: theta [C], and per theta and head tau and the share left out [C, H]."""
 
     theta_C: Tensor
     tau_CH: Tensor
-    skip_CH: Tensor
     sparsity_CH: Tensor
 
     @classmethod
     def of(cls, q_THD: Tensor, cached: Cached, spec: AttentionSpec, settings: SpargeAttn) -> Candidates:
-        q_THD = q_THD.contiguous()
         heads = q_THD.shape[1]
         center_GD = pool_keys(cached, cached.length)[0].view(spec.shape.kv_heads, -1)
-        pairs = Pairs(q_THD, cached, center_GD, spec.scale, settings.int8)
+        pairs = Pairs(q_THD, cached, center_GD, spec.scale, settings.bits)
 
         def keep(theta: float, tau_H: Tensor) -> Tensor:
             theta_H = torch.full((heads,), theta)
@@ -220,18 +228,12 @@ class Candidates:
         theta_C = torch.tensor([theta for theta, _, _ in found])
         tau_CH = torch.stack([tau for _, tau, _ in found])
         sparsity_CH = torch.stack([sparsity for _, _, sparsity in found])
-        # The filter's bound is sought where the head's best theta is; the others do without a filter of their own.
-        best_H = sparsity_CH.argmax(0)
-        skip_H = filter_bound(
-            q_THD, cached, center_GD, spec, settings, theta_C[best_H], tau_CH.gather(0, best_H[None])[0]
-        )
-        return cls(theta_C, tau_CH, skip_H.expand(len(found), -1), sparsity_CH)
+        return cls(theta_C, tau_CH, sparsity_CH)
 
 
 def filter_bound(
     q_THD: Tensor,
     cached: Cached,
-    center_GD: Tensor,
     spec: AttentionSpec,
     settings: SpargeAttn,
     theta_H: Tensor,
@@ -272,8 +274,8 @@ def bisect(accepts: Callable[[Tensor], Tensor], heads: int, most: float, precisi
     return high_H
 
 
-def combine(inputs: Sequence[Candidates]) -> tuple[Tensor, Tensor, Tensor]:
-    """(theta_H, tau_H, skip_H) of one layer from what each input asks for."""
+def combine(inputs: Sequence[Candidates]) -> tuple[Tensor, Tensor]:
+    """(theta_H, tau_H) of one layer from what each input asks for; both 1 where a head stays dense."""
     theta_X = torch.unique(torch.cat([c.theta_C for c in inputs]))
     at = [torch.searchsorted(c.theta_C, theta_X, right=True).sub(1).clamp_min(0) for c in inputs]
     # A theta that changed nothing for an input was left out of its list: it does what the one before does.
@@ -281,8 +283,7 @@ def combine(inputs: Sequence[Candidates]) -> tuple[Tensor, Tensor, Tensor]:
     best_H = total_XH.argmax(0)
     head = torch.arange(total_XH.shape[1])
     tau_H = torch.stack([c.tau_CH[i][best_H, head] for c, i in zip(inputs, at, strict=True)]).amax(0)
-    skip_H = torch.stack([c.skip_CH[i][best_H, head] for c, i in zip(inputs, at, strict=True)]).amax(0)
     theta_H = theta_X[best_H]
     dense_H = total_XH[best_H, head] / len(inputs) <= SPARSE
     one = torch.ones(())
-    return torch.where(dense_H, one, theta_H), torch.where(dense_H, one, tau_H), torch.where(dense_H, 0 * one, skip_H)
+    return torch.where(dense_H, one, theta_H), torch.where(dense_H, one, tau_H)

@@ -88,13 +88,14 @@ class BlockLists:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Keys less a vector per kv head, rounded to 8 bits per tile of 64 tokens (`quantise_keys`).
+    """Keys less a vector per kv head, rounded to codes of at most ``limit`` per tile of 64 tokens (`quantise_keys`).
 
     code_GWD2: int16 [G, W, D / 2, 64, 2]. scale_GW: float32. A key is about code * scale + the vector.
     """
 
     code_GWD2: Tensor
     scale_GW: Tensor
+    limit: int
 
 
 @dataclass
@@ -131,8 +132,8 @@ def attend_blocks(
     """``(out_THD, lse_TH)`` float32 of the rows, which see the tokens of their lists up to themselves.
 
     q_THD: float32, contiguous. window: a row sees its last ``window`` tokens only. floor_H: float32 or None; where it is
-    below 0, tiles that lie more than that (base 2) below what a group of the head's rows has seen are left out. codes: scores are products of 8-bit codes (queries
-    are rounded per query block); what is subtracted from all keys alike changes no output, but ``lse`` by its score.
+    below 0, tiles that lie more than that (base 2) below what a group of the head's rows has seen are left out. codes: scores are products of codes (queries are
+    rounded alike, per query block); what is subtracted from all keys alike changes no output, but ``lse`` by its score.
 
     Raises TypeError for a wrong dtype, ValueError for lists, orders and shapes that do not fit, and for a row that is left
     nothing to read.
@@ -177,6 +178,7 @@ def attend_blocks(
         code,
         code_scale,
         0 if floor_H is None else floor_H.data_ptr(),
+        0 if codes is None else codes.limit,
         rows,
         cached.length,
         heads,
@@ -323,14 +325,23 @@ def pool_rows(
     return mean_HQD, similarity_HQ
 
 
-def quantise_keys(cached: Cached, center_GD: Tensor, *, module: ModuleType | None = None) -> Codes:
-    """The keys less ``center_GD`` (float32 [G, D]) as `Codes`. Raises ValueError for an odd head size."""
+def quantise_keys(
+    cached: Cached, center_GD: Tensor, bits: int = 8, *, module: ModuleType | None = None
+) -> Codes:
+    """The keys less ``center_GD`` (float32 [G, D]) as `Codes` of ``bits`` (2 to 12, sign included).
+
+    Raises ValueError for an odd head size or other bits.
+    """
+    if not 2 <= bits <= 12:
+        raise ValueError(f"bits must be 2 to 12, not {bits}")
     lib = native() if module is None else module
     pages, groups, page, size, kind = cached.native()
     center_GD = _center(center_GD, groups, size)
     tiles = -(-cached.length // TILE)
     codes = Codes(
-        torch.empty(groups, tiles, size // 2, TILE, 2, dtype=torch.int16), torch.empty(groups, tiles)
+        torch.empty(groups, tiles, size // 2, TILE, 2, dtype=torch.int16),
+        torch.empty(groups, tiles),
+        (1 << bits - 1) - 1,
     )
     lib.quantise_keys(
         cached.k_NGPD.data_ptr(),
@@ -344,6 +355,7 @@ def quantise_keys(cached: Cached, center_GD: Tensor, *, module: ModuleType | Non
         pages,
         page,
         kind,
+        codes.limit,
     )
     return codes
 

@@ -57,7 +57,7 @@ def attend_blocks(
     q_THD = q_THD.double()
     if codes is not None:
         k_GLD = decode(codes, cached.length)
-        q_THD = rounded_rows(q_THD, cached.length, lists.query_block)
+        q_THD = rounded_rows(q_THD, cached.length, lists.query_block, codes.limit)
     repeat = heads // k_GLD.shape[0]
     logits = torch.einsum("thd,hld->thl", q_THD, k_GLD.repeat_interleave(repeat, 0)) * scale
     if softcap is not None:
@@ -75,14 +75,14 @@ def decode(codes: Codes, length: int) -> Tensor:
     return (code * codes.scale_GW.double()[..., None, None]).flatten(1, 2)[:, :length]
 
 
-def rounded_rows(q_THD: Tensor, length: int, block: int) -> Tensor:
-    """Queries rounded to 8 bits with a scale per head and query block."""
+def rounded_rows(q_THD: Tensor, length: int, block: int, limit: int) -> Tensor:
+    """Queries rounded to codes of at most ``limit`` with a scale per head and query block."""
     rows = q_THD.shape[0]
     out = q_THD.clone()
     block_T = torch.arange(length - rows, length) // block
     for b in block_T.unique().tolist():
         part = q_THD[block_T == b]
-        scale = part.abs().amax((0, 2), keepdim=True) / 127 + 1e-7
+        scale = part.abs().amax((0, 2), keepdim=True) / limit + 1e-7
         out[block_T == b] = _round(part / scale) * scale
     return out
 
@@ -91,13 +91,13 @@ def _round(x: Tensor) -> Tensor:
     return x.sign() * (x.abs() + 0.5).floor()
 
 
-def quantise_keys(cached: Cached, center_GD: Tensor) -> Tensor:
+def quantise_keys(cached: Cached, center_GD: Tensor, limit: int) -> Tensor:
     """float32 [G, L, D]: the keys less the centre, rounded per tile of 64 tokens."""
     k_GLD = tokens(cached.k_NGPD, cached.table_M, cached.length) - center_GD[:, None]
     out = torch.empty_like(k_GLD)
     for start in range(0, cached.length, TILE):
         part = k_GLD[:, start : start + TILE]
-        scale = part.abs().amax((1, 2), keepdim=True) / 127 + 1e-7
+        scale = part.abs().amax((1, 2), keepdim=True) / limit + 1e-7
         out[:, start : start + TILE] = _round(part / scale) * scale
     return out
 
