@@ -1,4 +1,4 @@
-"""Attention over block lists, pools, importance and order of keys against plain PyTorch, at every level this CPU runs."""
+"""Attention over block lists, pools, importance and order of keys against plain PyTorch, at every level."""
 
 from __future__ import annotations
 
@@ -104,7 +104,10 @@ def test_rounded_products(seed, shape, rows, before, dtype, bits) -> None:
     center = torch.randn(groups, size, generator=torch.Generator().manual_seed(seed))
     codes = kernel.quantise_keys(cached, center, bits)
     assert codes.code_GWD2.abs().max() <= codes.limit == 2 ** (bits - 1) - 1
-    got, want = reference.decode(codes, cached.length), reference.quantise_keys(cached, center, codes.limit).double()
+    got, want = (
+        reference.decode(codes, cached.length),
+        reference.quantise_keys(cached, center, codes.limit).double(),
+    )
     step = codes.scale_GW.repeat_interleave(TILE, 1)[:, : cached.length, None]
     off = (got - want).abs()
     assert (off <= 1.001 * step).all()  # a tie may fall either way

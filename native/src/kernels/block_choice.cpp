@@ -230,7 +230,7 @@ void quantise_keys(std::uintptr_t k, blocks::Table table, std::uintptr_t center,
     for (int t = 0; t < kTile; ++t)
       for (int d = 0; d < size; ++d)
         code[(d / 2 * kTile + t) * 2 + d % 2] =
-            t < count ? static_cast<std::int16_t>(std::round(x[static_cast<std::size_t>(t) * size + d] * steps)) : 0;
+            t < count ? blocks::code_of(x[static_cast<std::size_t>(t) * size + d] * steps) : std::int16_t{0};
   }
 }
 

@@ -89,7 +89,7 @@ struct Rounded {
     for (int r = 0; r < rows; ++r) {
       std::int16_t* to = code.data() + static_cast<std::size_t>(r / kGroup) * kGroup * size + r % kGroup * 2;
       for (int d = 0; d < size; ++d)
-        to[d / 2 * kGroup * 2 + d % 2] = static_cast<std::int16_t>(std::round(q[r * stride + d] * steps));
+        to[d / 2 * kGroup * 2 + d % 2] = blocks::code_of(q[r * stride + d] * steps);
     }
   }
 };

@@ -44,6 +44,9 @@ inline void check_table(const Table& table, int length, int pages, int page) {
     require(table.data()[i] >= 0 && table.data()[i] < pages, "table_M names a page outside the pool");
 }
 
+// x rounded to the nearest integer, halves away from zero (std::round would be a call per number).
+inline std::int16_t code_of(float x) { return static_cast<std::int16_t>(static_cast<int>(x + std::copysign(0.5f, x))); }
+
 // Calls f with a null pointer of the pages' number type.
 template <typename F>
 void with_kind(int kind, const F& f) {

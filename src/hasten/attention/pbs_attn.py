@@ -10,11 +10,11 @@ keeps the heaviest blocks that hold ``threshold`` of that mass, (5) the block th
 segment; (6) exact attention over what is kept. The cache keeps its order and decode rows stay dense.
 
 A query block reads all of its own segment, so there the order of keys changes nothing: only which tokens of earlier
-segments share a block matters, and those precede every row. `BlockSelection` lists a block's tokens by position, which makes
-the causal mask inside the segment a limit per row.
+segments share a block matters, and those precede every row. `BlockSelection` lists a block's tokens by position, which
+makes the causal mask inside the segment a limit per row.
 
-A prompt read in chunks (engine setting ``max_step_tokens``) is probed by the last rows of each chunk; the probe costs as
-much as reading half its rows densely would, so steps of several thousand rows are what this is for.
+A prompt read in chunks (engine setting ``max_step_tokens``) is probed by the last rows of each chunk, so what is chosen
+depends on the chunks. The probe reads as many keys as those rows do: steps of several thousand rows make it cheap.
 
 Legend: T rows of a sequence, H query heads, D head size, L cached tokens, Q query blocks, B key blocks.
 """
@@ -47,7 +47,10 @@ class PbsAttn(Technique):
     lossless = False
 
     threshold: float = Field(
-        0.9, gt=0, le=1, description="share of the estimated mass that a query block keeps; 1 keeps everything"
+        0.9,
+        gt=0,
+        le=1,
+        description="share of the estimated mass that a query block keeps; 1 keeps everything",
     )
     block: int = Field(128, ge=1, description="tokens of a query block and of a key block")
     segment: int = Field(256, ge=2, description="tokens that are permuted among themselves; whole blocks")
@@ -118,7 +121,9 @@ class PbsPolicy(AttentionPolicy):
             keep_HQB = earlier_QB.expand(heads, -1, -1).clone()
         else:
             # Blocks are padded with zeros, as in the paper: a partly filled query block has a shorter mean.
-            edge_Q = torch.clamp((query_Q + 1) * o.block, max=length) - torch.clamp(query_Q * o.block, min=first)
+            edge_Q = torch.clamp((query_Q + 1) * o.block, max=length) - torch.clamp(
+                query_Q * o.block, min=first
+            )
             q_HQD = pool_rows(q_THD, first, o.block)[0] * (edge_Q / o.block)[:, None]
             k_XBD, _ = pool_keys(cached, o.block, choices=heads, order_XL=order_HL)
             score_HQB = torch.bmm(q_HQD, k_XBD.transpose(1, 2)) * spec.scale
@@ -132,7 +137,7 @@ class PbsPolicy(AttentionPolicy):
 
 
 def heaviest(score_HQB: Tensor, visible_QB: Tensor, threshold: float) -> Tensor:
-    """bool [H, Q, B]: per row the shortest run of the heaviest visible blocks whose softmax adds up to ``threshold``."""
+    """bool [H, Q, B]: per row the fewest visible blocks, heaviest first, whose softmax adds up to ``threshold``."""
     share = score_HQB.masked_fill(~visible_QB, -torch.inf).softmax(-1).nan_to_num(0.0)
     value, index = share.sort(-1, descending=True)
     before = value.cumsum(-1) - value

@@ -1,20 +1,21 @@
 """`sparge_attn`: prefill attention that reads the blocks that pooled scores promise, with integer products.
 
-Source: Zhang et al., "SpargeAttn: Accurate and Training-free Sparse Attention Accelerating Any Model Inference", ICML 2025,
-arXiv 2502.18137; integer products from SageAttention, arXiv 2410.02367.
+Source: Zhang et al., "SpargeAttn: Accurate and Training-free Sparse Attention Accelerating Any Model Inference", ICML
+2025, arXiv 2502.18137; integer products from SageAttention, arXiv 2410.02367.
 
-Per head: (1) keys lose their mean over the tokens, which changes no weight of the softmax; queries and keys are rounded to
-integers per block: 8 bits in the paper, 12 here, because AVX2 multiplies 16-bit integers and the finer ones cost the same. (2) The mean query of a block of 128 meets the mean key of each block of 64; the softmax over a row of
-these scores says which blocks matter: the heaviest that hold ``tau`` of the mass, or a fixed share of them
-(``topk``). A mean says something only about a block whose vectors are alike (mean cosine above ``theta``): other query blocks
-read everything, other key blocks are read by everyone. (3) Exact attention over those blocks; (4) within them, a tile that
-lies more than ``skip`` (base 2) below what a group of rows has seen adds nothing and is left out.
+Per head: (1) keys lose their mean over the tokens, which changes no weight of the softmax; queries and keys are rounded
+to integers per block: 8 bits in the paper, 12 here, because AVX2 multiplies 16-bit integers and the finer ones cost the
+same. (2) The mean query of a block of 128 meets the mean key of each block of 64; the softmax over a row of these scores
+says which blocks matter: the heaviest that hold ``tau`` of the mass, or a fixed share of them (``topk``). A mean says
+something only about a block whose vectors are alike (mean cosine above ``theta``): other query blocks read everything,
+other key blocks are read by everyone. (3) Exact attention over those blocks; (4) within them, a tile that lies more
+than ``skip`` (base 2) below what a group of rows has seen adds nothing and is left out.
 
 The first block is always read (``sink``): one token inside a mean is invisible, and language models lean on the first.
 Decode rows stay dense, the cache keeps its numbers. ``mode="calibrated"`` takes theta, tau and skip of every layer and
-head from an artefact (`hasten.attention.sparge_calibration`); uncalibrated, ``topk`` is the mode that holds for any head.
+head from an artefact (`hasten.attention.sparge_calibration`); without one, ``topk`` is the mode that holds for any head.
 
-Blocks lie at fixed positions of a sequence, so a prompt may be read in chunks; ``topk`` counts the blocks cached so far.
+Blocks lie at fixed positions of a sequence, so a prompt may be read in chunks; ``topk`` counts the blocks so far.
 
 Legend: T rows of a sequence, H query heads, G kv heads, D head size, L cached tokens, Q query blocks, B key blocks.
 """
@@ -55,13 +56,19 @@ class SpargeAttn(Technique):
     topk: float = Field(0.25, gt=0, le=1, description="share of all key blocks, of mode topk")
     tau: float = Field(0.98, gt=0, le=1, description="share of the estimated mass, of mode cdf; 1 keeps all")
     theta: float = Field(
-        -0.1, ge=-1, le=1, description="blocks whose mean cosine is not above it are always read; 1: every block"
+        -0.1,
+        ge=-1,
+        le=1,
+        description="blocks whose mean cosine is not above it are always read; 1: every block",
     )
     skip: float = Field(
         50.0, ge=0, description="leave out tiles this far below what was seen (base 2); 0: never"
     )
     bits: int = Field(
-        12, ge=0, le=12, description="of the integers that queries and keys are rounded to (the paper: 8); 0: not rounded"
+        12,
+        ge=0,
+        le=12,
+        description="of the integers that queries and keys are rounded to (the paper: 8); 0: not rounded",
     )
     sink: bool = Field(True, description="always read the first block (else each row's own)")
     min_rows: int = Field(64, ge=2, description="sequences that bring fewer rows to a step stay dense")
@@ -73,9 +80,13 @@ class SpargeAttn(Technique):
     def provide(self, slot: str, context: BuildContext) -> AttentionPolicy:
         size = context.config.shape.size
         if self.bits == 1:
-            raise SettingError("sparge_attn: bits = 1 leaves only the sign; give 2 to 12, or 0 for float products")
+            raise SettingError(
+                "sparge_attn: bits = 1 leaves only the sign; give 2 to 12, or 0 for float products"
+            )
         if self.bits and size % 2:
-            raise UnsupportedError(f"sparge_attn multiplies pairs of codes: give bits=0 for an odd head size ({size})")
+            raise UnsupportedError(
+                f"sparge_attn multiplies pairs of codes: give bits=0 for an odd head size ({size})"
+            )
         layers, heads = context.config.num_layers, context.config.shape.heads
         if self.mode == "calibrated":
             from hasten.attention.sparge_calibration import calibrated
@@ -158,7 +169,9 @@ class SpargePolicy(AttentionPolicy):
             topk=o.topk if o.mode == "topk" else None,
             sink=o.sink,
         )
-        plain = spec.softcap is None  # the bound on scores, and what a mean key adds to them, are those of plain products
+        plain = (
+            spec.softcap is None
+        )  # the bound on scores, and what a mean key adds to them, are those of plain products
         return BlockSelection(
             sequence,
             KEY_BLOCK,

@@ -1,15 +1,14 @@
 """Calibration of `sparge_attn`: theta, tau and the softmax filter's bound of every layer and head, kept as an artefact.
 
-Source: SpargeAttn, arXiv 2502.18137, section 3.6 and its reference code. Error is relative L1, ``sum |O - dense| / sum |dense|``
-of a head. For each input and each theta (steps of 1/16), the smallest tau with an error under ``l1`` is found by
-bisection (to 1e-3), until a larger theta leaves less than a tenth of the blocks out. Inputs are combined by theta: the one under which most
-is left out in total, and the largest tau it was given. A head that leaves out a tenth or less stays dense. With
-these, the smallest bound of the filter is sought per input (to 0.1) that stays under ``l2`` and adds no more than ``l2 - l1``, and
-the largest of them taken.
+Source: SpargeAttn, arXiv 2502.18137, section 3.6 and its reference code. Error is relative L1 of a head,
+``sum |O - dense| / sum |dense|``. For each input and each theta (steps of 1/16), the smallest tau with an error under
+``l1`` is found by bisection (to 1e-3), until a larger theta leaves less than a tenth of the blocks out. Inputs are
+combined by theta: the one under which most is left out in total, and the largest tau it was given. A head that leaves out
+a tenth or less stays dense. With these, the smallest bound of the filter is sought per input (to 0.1) that stays under
+``l2`` and adds no more than ``l2 - l1``, and the largest of them taken.
 
-What a query block gets from a key block is computed once per input and layer (output and log-sum-exp of the pair, on
-every fourth row); any choice of blocks is then a weighted mean of those, so a bisection costs little. The filter is
-run as it is.
+What a query block gets from a key block is computed once per input and layer (output and mass of the pair, on every
+fourth row); any choice of blocks is then a weighted mean of those, so a bisection costs little. The filter is run as it is.
 
 Legend: T rows, H query heads, G kv heads, D head size, Q query blocks, B key blocks, R rows that are looked at.
 """
@@ -28,7 +27,14 @@ from torch import Tensor
 from hasten.attention.blocks import block_lists
 from hasten.attention.calibration import CapturingAttend
 from hasten.attention.layout import AttentionSpec
-from hasten.attention.sparge_attn import KEY_BLOCK, QUERY_BLOCK, HeadSettings, SpargeAttn, SpargePolicy, choose_blocks
+from hasten.attention.sparge_attn import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    HeadSettings,
+    SpargeAttn,
+    SpargePolicy,
+    choose_blocks,
+)
 from hasten.core.corpus import corpus
 from hasten.core.errors import SettingError, UnsupportedError
 from hasten.kernels.block_list import Cached, attend_blocks, pool_keys, quantise_keys
@@ -47,7 +53,10 @@ STRIDE = 4  # of the rows that errors are measured on
 
 
 def calibrated(context: BuildContext, settings: SpargeAttn) -> HeadSettings:
-    """The artefact of these settings, made if need be. Raises SettingError for l2 <= l1, UnsupportedError for little text."""
+    """The artefact of these settings, made if need be.
+
+    Raises SettingError for l2 <= l1, UnsupportedError for too little text.
+    """
     if settings.l2 <= settings.l1:
         raise SettingError(f"sparge_attn: l2 = {settings.l2} must be above l1 = {settings.l1}")
     texts = calibration_texts(context, settings.inputs, settings.input_tokens)
@@ -63,7 +72,8 @@ def calibrated(context: BuildContext, settings: SpargeAttn) -> HeadSettings:
     def write(folder: Path) -> None:
         found = calibrate(context, settings, texts)
         save_file(
-            {"theta": found.theta_LH, "tau": found.tau_LH, "skip": found.skip_LH}, folder / "heads.safetensors"
+            {"theta": found.theta_LH, "tau": found.tau_LH, "skip": found.skip_LH},
+            folder / "heads.safetensors",
         )
 
     stored = load_file(context.artefacts.build("sparge-heads", made_from, write) / "heads.safetensors")
@@ -85,7 +95,9 @@ def calibration_texts(context: BuildContext, count: int, tokens: int) -> list[li
                 break
     texts = [ids for ids in texts if len(ids) == tokens]
     if not texts:
-        raise UnsupportedError(f"sparge_attn cannot calibrate: no text has {tokens} tokens; lower input_tokens")
+        raise UnsupportedError(
+            f"sparge_attn cannot calibrate: no text has {tokens} tokens; lower input_tokens"
+        )
     return texts
 
 
@@ -113,10 +125,10 @@ def calibrate(context: BuildContext, settings: SpargeAttn, texts: Sequence[Seque
             x_TE = layer.mlp(layer.attention(x_TE, position_T, attend))
         captured.append(attend)
     rows = []
-    for layer in range(context.config.num_layers):
-        spec = context.config.attention(layer)
+    for index in range(context.config.num_layers):
+        spec = context.config.attention(index)
         inputs = [
-            (c.q_LTHD[layer].contiguous(), as_pages(c.k_LTGD[layer], c.v_LTGD[layer])) for c in captured
+            (c.q_LTHD[index].contiguous(), as_pages(c.k_LTGD[index], c.v_LTGD[index])) for c in captured
         ]
         rows.append(calibrate_layer(inputs, spec, settings))
     return HeadSettings(*(torch.stack(column) for column in zip(*rows, strict=True)))
@@ -125,7 +137,7 @@ def calibrate(context: BuildContext, settings: SpargeAttn, texts: Sequence[Seque
 def calibrate_layer(
     inputs: Sequence[tuple[Tensor, Cached]], spec: AttentionSpec, settings: SpargeAttn
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(theta_H, tau_H, skip_H) of a layer from queries (float32 [T, H, D], contiguous) and keys and values per input."""
+    """(theta_H, tau_H, skip_H) of a layer; per input its queries (float32 [T, H, D], contiguous), keys and values."""
     theta_H, tau_H = combine([Candidates.of(q, cached, spec, settings) for q, cached in inputs])
     bound = [filter_bound(q, cached, spec, settings, theta_H, tau_H) for q, cached in inputs]
     skip_H = torch.stack(bound).amax(0).masked_fill(theta_H >= 1, 0.0)
@@ -165,7 +177,9 @@ class Pairs:
             scores = torch.einsum("rhd,hld->hrl", q_THD[::STRIDE], k_HLD) * scale
         scores = scores.masked_fill(hidden, -torch.inf)
         pad = blocks * KEY_BLOCK - length
-        s_HRBP = torch.nn.functional.pad(scores, (0, pad), value=-torch.inf).unflatten(-1, (blocks, KEY_BLOCK))
+        s_HRBP = torch.nn.functional.pad(scores, (0, pad), value=-torch.inf).unflatten(
+            -1, (blocks, KEY_BLOCK)
+        )
         v_HBPD = torch.nn.functional.pad(v_HLD, (0, 0, 0, pad)).unflatten(1, (blocks, KEY_BLOCK))
         top_HR = scores.amax(-1)
         weight_HRBP = (s_HRBP - top_HR[:, :, None, None]).exp()
@@ -220,7 +234,9 @@ class Candidates:
             if last is not None and torch.equal(always, last):
                 continue  # no block changes sides: the same as the theta before
             last = always
-            tau_H = bisect(lambda x, t=theta: pairs.error(keep(t, x)) < settings.l1, heads, 1.0, TAU_PRECISION)
+            tau_H = bisect(
+                lambda x, t=theta: pairs.error(keep(t, x)) < settings.l1, heads, 1.0, TAU_PRECISION
+            )
             sparsity_H = 1 - keep(theta, tau_H).sum((1, 2)) / every
             found.append((theta, tau_H, sparsity_H))
             if bool((sparsity_H < SPARSE).all()):

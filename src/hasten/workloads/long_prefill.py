@@ -27,8 +27,8 @@ class LongPrefillOptions(LanguageOptions):
 class LongPrefill(LanguageWorkload[LongPrefillOptions]):
     """Reading a long prompt. Timed: from submission to the first token, the prompt in steps of up to 8192 rows.
 
-    Every run reads the same prompt; there is no prefix cache to find it in. Perplexity is that of the tokens that follow
-    prompts of this length, fed one at a time: what the prompt's reading left in the cache is what is judged.
+    Every run reads the same prompt; there is no prefix cache to find it in. Perplexity is that of the tokens that
+    follow prompts of this length, fed one at a time: what the prompt's reading left in the cache is what is judged.
     """
 
     name = "long-prefill"

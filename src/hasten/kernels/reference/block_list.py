@@ -23,7 +23,9 @@ def tokens(pages_NGPD: Tensor, table_M: Tensor, length: int) -> Tensor:
 def seen(lists: BlockLists, rows: int, length: int, window: int | None = None) -> Tensor:
     """bool [X, T, L]: which tokens each row reads."""
     queries = query_blocks(rows, length, lists.query_block)
-    order_XL = lists.order_XL if lists.order_XL is not None else torch.arange(length).expand(lists.choices, -1)
+    order_XL = (
+        lists.order_XL if lists.order_XL is not None else torch.arange(length).expand(lists.choices, -1)
+    )
     position_T = torch.arange(length - rows, length)
     query_T = position_T // lists.query_block - (length - rows) // lists.query_block
     out_XTL = torch.zeros(lists.choices, rows, length, dtype=torch.bool)
