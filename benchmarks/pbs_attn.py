@@ -168,7 +168,9 @@ def attention_case(case: Layer, choose: Choose, rounds: int) -> dict[str, Any]:
         "density": density(chosen(), case.q_THD.shape[0]),
         "error": float((got - want).abs().sum() / want.abs().sum()),
         "speedup": median_interval(ratio).to_dict() if rounds >= 6 else {"median": statistics.median(ratio)},
-        "choosing": statistics.median(c / d for c, d in zip(seconds["choose"], seconds["dense"], strict=True)),
+        "choosing": statistics.median(
+            c / d for c, d in zip(seconds["choose"], seconds["dense"], strict=True)
+        ),
         "dense_ms": 1e3 * min(seconds["dense"]),
     }
 
@@ -215,9 +217,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=7936, help="of a prompt")
     parser.add_argument("--scored", type=int, default=256, help="tokens after it, of --quality")
     parser.add_argument("--texts", type=int, default=3)
-    parser.add_argument(
-        "--passkeys", type=int, default=2, help="texts of five passkey prompts each; 0: none"
-    )
+    parser.add_argument("--passkeys", type=int, default=2, help="texts of five passkey prompts each; 0: none")
     parser.add_argument("--passkey-tokens", type=int, default=1536)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 14, 20, 26])
     parser.add_argument("--rounds", type=int, default=7)

@@ -31,7 +31,11 @@ def calibrated_case(case: Layer, policy: SpargePolicy) -> dict[str, Any]:
         for choice in (Dense(), (selection,))
     )
     heads = [
-        1 - density(type(selection)(0, selection.block, keep[None], query_block=selection.query_block), len(case.q_THD))
+        1
+        - density(
+            type(selection)(0, selection.block, keep[None], query_block=selection.query_block),
+            len(case.q_THD),
+        )
         for keep in selection.keep_XQB
     ]
     return {

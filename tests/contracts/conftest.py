@@ -44,6 +44,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Engine settings that a technique's promises are made for. What pbs_attn reads of a prompt depends on the rows that come
+# in a step, so that prompts must come whole, and from their beginning, to be read the same in any company.
+ENGINE: dict[str, dict[str, Any]] = {"pbs_attn": {"max_step_tokens": 512, "prefix_cache": False}}
+
+
 def built(slot: str | None = None) -> list[loader.Record]:
     """Records of the language-model engine whose techniques have code (of one slot, or all)."""
     return [
@@ -133,7 +138,8 @@ def load(
     monkeypatch.setenv("HASTEN_HOME", str(shared_home))
 
     def make(*slugs: str | None, dtype: str = "float32", **engine: Any) -> LLM:
-        engine = {"page_size": 4, "max_step_tokens": 48, "max_batch": 6, **engine}
+        own = {name: value for slug in slugs for name, value in ENGINE.get(slug or "", {}).items()}
+        engine = {"page_size": 4, "max_step_tokens": 48, "max_batch": 6, **own, **engine}
         use = [technique(slug) for slug in slugs if slug is not None]
         return LLM(model, use, dtype, calibration=calibration, **engine)
 
