@@ -55,7 +55,9 @@ def test_packing_equals_its_reference(
     assert all(torch.equal(a, b) for a, b in zip(mine.tensors, theirs.tensors, strict=True))
 
 
-@given(seed=st.integers(0, 2**32), scale=st.sampled_from([1e-3, 1.0, 1e4]), offset=st.sampled_from([0.0, -7.0]))
+@given(
+    seed=st.integers(0, 2**32), scale=st.sampled_from([1e-3, 1.0, 1e4]), offset=st.sampled_from([0.0, -7.0])
+)
 @settings(max_examples=20, deadline=None)
 def test_errors_are_bounded_by_the_step(seed: int, scale: float, offset: float) -> None:
     """|x - x8| <= S / 32, S / 16 where L clips; |x - x4| <= S / 2; x8 equals the two steps of dequantisation."""
@@ -95,7 +97,13 @@ def test_constant_and_broken_groups() -> None:
 
 
 def case(
-    seed: int, lengths: list[tuple[int, int]], page: int, heads: int, groups: int, size: int, dtype: torch.dtype
+    seed: int,
+    lengths: list[tuple[int, int]],
+    page: int,
+    heads: int,
+    groups: int,
+    size: int,
+    dtype: torch.dtype,
 ) -> tuple:
     """Sequences of (cached tokens, rows): q, planes, tails, start, position, bound, table."""
     need = [length // page for length, _ in lengths]
@@ -152,7 +160,9 @@ def test_attention_equals_its_reference(
 def test_a_row_does_not_depend_on_the_rows_beside_it(module: ModuleType) -> None:
     """Bit for bit: verification gives what decoding gives. Rows on both sides of a page's end, several parts."""
     q, planes, tails, start, position, bound, table = case(5, [(2500, 21)], 16, 9, 3, 64, torch.bfloat16)
-    out, lse = quantspec_attend(q, planes, tails, start, position, bound, table, 0.125, full=True, module=module)
+    out, lse = quantspec_attend(
+        q, planes, tails, start, position, bound, table, 0.125, full=True, module=module
+    )
     assert len(set(bound.tolist())) > 1
     for row in range(21):
         alone, alone_lse = quantspec_attend(

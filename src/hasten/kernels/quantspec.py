@@ -50,7 +50,9 @@ class Planes:
     def empty(cls, pages: int, groups: int, page: int, size: int) -> Planes:
         """Planes with undefined content. `UnsupportedError` for a head size that is no multiple of 16."""
         if size % LANES:
-            raise UnsupportedError(f"quantspec pages need a head size that is a multiple of {LANES}, not {size}")
+            raise UnsupportedError(
+                f"quantspec pages need a head size that is a multiple of {LANES}, not {size}"
+            )
         keys = (pages, groups, -(-page // LANES), size, LANES // 2)
         values = (pages, groups, size // LANES, page, LANES // 2)
 

@@ -134,9 +134,7 @@ def load(plan: Plan, calibration: Sequence[Sequence[int]] | None = None) -> Load
     policy: AttentionPolicy | None = providers.one("attention_policy")
     format: KVFormat | None = providers.one("kv_format")
     settings = _page_size(plan, settings, format)
-    kernel = (
-        _own_kernel(plan, format) or providers.one("attention_kernel") or default_kernel()
-    )
+    kernel = _own_kernel(plan, format) or providers.one("attention_kernel") or default_kernel()
     if settings.kv_dtype == "int8" and not kernel.reads_int8:
         slug = plan.filling("attention_kernel")[0].slug
         raise ConflictError(f'{slug} does not read int8 pages; set kv_dtype = "bfloat16" or remove {slug}')

@@ -63,10 +63,13 @@ class QuantSpec(Technique):
     draft: bool = Field(True, description="guess; false: the 8-bit cache alone")
     draft_tokens: int = Field(3, ge=1, le=64, description="most tokens to guess at once")
     draft_weights: Literal["native", "rtn", "gptq"] = Field(
-        "native", description="the draft's weights: the checkpoint's own 4-bit codes, rounded to 4 bits, or by GPTQ"
+        "native",
+        description="the draft's weights: the checkpoint's own 4-bit codes, rounded to 4 bits, or by GPTQ",
     )
     weight_group: int = Field(64, ge=1, description="inputs that share a scale, for rtn and gptq")
-    adaptive: bool = Field(False, description="guess fewer tokens where few were kept, by measured step times")
+    adaptive: bool = Field(
+        False, description="guess fewer tokens where few were kept, by measured step times"
+    )
     min_confidence: float = Field(
         0.0, ge=0, le=1, description="stop where the draft's best token is less probable; 0: never"
     )
@@ -229,7 +232,8 @@ class QuantSpecDrafter(Drafter):
             logits_RV: Tensor = self.runner.run(chunks)
             self.depth.draft.add(len(chains), time.perf_counter() - begin)
             going = [
-                chain for row, chain in enumerate(chains) if chain.draw(logits_RV[row], self.settings.min_confidence)
+                chain
+                for row, chain in enumerate(chains)
+                if chain.draw(logits_RV[row], self.settings.min_confidence)
             ]
             chains = [chain for chain in going if len(chain.token_ids) < chain.limit]
-

@@ -25,7 +25,9 @@ class KVFormat(ABC):
     plain: bool = (
         False  # True: pages are `KVPages`, and appending is no more than writing rotated keys and values
     )
-    page_size: int | None = None  # tokens of a page, where the format knows no other; the engine then takes it
+    page_size: int | None = (
+        None  # tokens of a page, where the format knows no other; the engine then takes it
+    )
 
     @abstractmethod
     def allocate(self, layers: int, pages: int, page_size: int, shape: HeadShape) -> None:

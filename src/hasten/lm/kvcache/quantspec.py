@@ -136,7 +136,9 @@ class QuantSpecKV(KVFormat):
                 x[target] = x[source]
 
     def read_page(self, page: int) -> list[Tensor]:
-        raise UnsupportedError("quantspec pages cannot be moved out of the cache: their newest tokens lie elsewhere")
+        raise UnsupportedError(
+            "quantspec pages cannot be moved out of the cache: their newest tokens lie elsewhere"
+        )
 
     def kernel(self) -> QuantSpecKernel:
         return QuantSpecKernel(self, full=True)
@@ -238,7 +240,8 @@ class QuantSpecKV(KVFormat):
             if place.long:
                 old = torch.arange(place.low, place.start) % self.capacity
                 both = [
-                    torch.cat((held[i, old], x_TGD[rows].to(self.dtype))) for i, x_TGD in enumerate((k_TGD, v_TGD))
+                    torch.cat((held[i, old], x_TGD[rows].to(self.dtype)))
+                    for i, x_TGD in enumerate((k_TGD, v_TGD))
                 ]
                 for i, x_RGD in enumerate(both):
                     held[i, place.slot_C] = x_RGD[len(x_RGD) - len(place.slot_C) :]
