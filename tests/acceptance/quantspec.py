@@ -1,8 +1,9 @@
-"""Acceptance of `quantspec`: the checks of its specification that are not about speed (that is `benchmarks/quantspec.py`).
+"""Acceptance of `quantspec`: the checks of its specification that are not about speed (that is
+`benchmarks/quantspec.py`).
 
-1 greedy answers are those of the 8-bit cache; 2 the quantiser's error bounds on the model's own keys and values; 3 the 8-bit
-cache costs next to no perplexity, most guesses are kept; 4 the buffers as a state machine (with appends, rejections, forks
-and prefixes: `tests/lm/test_quantspec.py`); 5 the bytes shrink; 6 sampling keeps the distribution.
+1 greedy answers are those of the 8-bit cache; 2 the quantiser's error bounds on the model's own keys and values; 3
+the 8-bit cache costs next to no perplexity, most guesses are kept; 4 the buffers as a state machine (with appends,
+rejections, forks and prefixes: `tests/lm/test_quantspec.py`); 5 the bytes shrink; 6 sampling keeps the distribution.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def test_greedy_answers_are_those_of_the_8_bit_cache(
 
 
 def test_most_guesses_are_kept_at_temperature_1(drafted: LLM, texts: list[list[int]]) -> None:
-    """At least 0.93 of what is proposed, which is less than the chance of a guess: those after a rejection count too."""
+    """At least 0.93 of what is proposed, which is less than the chance of a guess: those after a rejection count
+    too.
+    """
     params = SamplingParams(max_tokens=48, temperature=1.0, ignore_eos=True, seed=1, n=2)
     before = drafted.engine.speculation
     drafted.generate([texts[2][:PROMPT]], params)

@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_refused(make_llm, tiny_path) -> None:
         make_llm(QuantSpec(**TINY | {"group": 8}))
     with pytest.raises(SettingError, match="above draft_tokens"):
         QuantSpec(group=4, draft_tokens=3)
-    with pytest.raises(UnsupportedError, match="stores .* unquantised; use 'rtn' or 'gptq'"):
+    with pytest.raises(UnsupportedError, match=r"stores .* unquantised; use 'rtn' or 'gptq'"):
         make_llm(QuantSpec(**TINY | {"draft_weights": "native"}))
     with pytest.raises(ConflictError, match="stores KV pages in its own way"):
         make_llm(QuantSpec(**TINY), kv_dtype="int8")

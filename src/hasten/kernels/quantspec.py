@@ -1,12 +1,13 @@
 """Hierarchical 4+4-bit KV pages: packing whole pages, and attention over one or both of their planes.
 
-Source: Tiwari et al., "QuantSpec", ICML 2025, arXiv 2502.10424, sections 4.2 and 4.3; layout in native/src/kernels/quantspec.cpp.
-A number of a page is ``U * S + Z`` to the draft and ``(16 * U + L) * S / 16 + Z`` to the target, U in 0..15, L in -8..7. S and Z
-belong to a channel of a page for keys, to a token for values; they are bfloat16, S rounded up and Z down, so that the
-range is covered. What is not finite makes its group NaN.
+Source: Tiwari et al., "QuantSpec", ICML 2025, arXiv 2502.10424, sections 4.2 and 4.3; layout in
+native/src/kernels/quantspec.cpp. A number of a page is ``U * S + Z`` to the draft and ``(16 * U + L) * S / 16 + Z``
+to the target, U in 0..15, L in -8..7. S and Z belong to a channel of a page for keys, to a token for values; they
+are bfloat16, S rounded up and Z down, so that the range is covered. What is not finite makes its group NaN.
 
-Legend: N pages, G kv heads, P page size, D head size, T rows, H query heads, S sequences, M pages per sequence, B bytes of
-a block of 16 nibbles (8), C blocks of 16 tokens (of a page) or of 16 channels, R tokens of a full-precision tail.
+Legend: N pages, G kv heads, P page size, D head size, T rows, H query heads, S sequences, M pages per sequence, B
+bytes of a block of 16 nibbles (8), C blocks of 16 tokens (of a page) or of 16 channels, R tokens of a full-precision
+tail.
 """
 
 from __future__ import annotations
@@ -103,7 +104,11 @@ class Planes:
 def _shapes(count: int, groups: int, page: int, size: int) -> list[tuple[int, ...]]:
     keys = (count, groups, -(-page // LANES), size, LANES // 2)
     values = (count, groups, size // LANES, page, LANES // 2)
-    return [keys, keys, (count, groups, size), (count, groups, size)] + [
+    return [
+        keys,
+        keys,
+        (count, groups, size),
+        (count, groups, size),
         values,
         values,
         (count, groups, page),
@@ -186,10 +191,10 @@ def quantspec_attend(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a ragged batch: ``(out_THD, lse_TH)``, float32.
 
-    Row r of sequence s is token ``position_S[s] + i`` (its i-th row). It reads its first ``bound_T[r]`` pages from the planes
-    (``full``: both, else the upper one) and the tokens after them, up to itself, from the tail. query_start_S1, bound_T,
-    page_table_SM: int32; position_S: int64. bound_T must not fall within a sequence.
-    Raises TypeError for a wrong dtype and ValueError for shapes, pages or bounds that do not fit.
+    Row r of sequence s is token ``position_S[s] + i`` (its i-th row). It reads its first ``bound_T[r]`` pages from
+    the planes (``full``: both, else the upper one) and the tokens after them, up to itself, from the tail.
+    query_start_S1, bound_T, page_table_SM: int32; position_S: int64. bound_T must not fall within a sequence. Raises
+    TypeError for a wrong dtype and ValueError for shapes, pages or bounds that do not fit.
     """
     lib = native() if module is None else module
     rows, heads, size = float_rows("q_THD", q_THD)

@@ -192,7 +192,8 @@ def _page_size(plan: Plan, settings: EngineSettings, format: KVFormat | None) ->
     if "page_size" in settings.model_fields_set:
         slug = plan.filling("kv_format")[0].slug
         raise ConflictError(
-            f"page_size = {settings.page_size}, but {slug} has pages of {format.page_size} tokens; leave page_size out or "
+            f"page_size = {settings.page_size}, but {slug} has pages of {format.page_size} tokens; leave "
+            f"page_size out or "
             f"change {slug}'s setting"
         )
     return settings.model_copy(update={"page_size": format.page_size})
@@ -206,7 +207,8 @@ def _own_kernel(plan: Plan, format: KVFormat | None) -> AttentionKernel | None:
             for technique in plan.filling(slot):
                 slug = plan.filling("kv_format")[0].slug
                 raise ConflictError(
-                    f"{technique.slug} reads plain KV pages, {slug} has pages and a kernel of its own; remove one of them"
+                    f"{technique.slug} reads plain KV pages, {slug} has pages and a kernel of its own; "
+                    f"remove one of them"
                 )
     return kernel
 

@@ -35,7 +35,9 @@ def baselines(workload: Workload, technique: type[Technique], model: str | None 
 
 
 def measured_base(workload: Workload, technique: type[Technique], model: str | None = None) -> Plan:
-    """The workload's baseline plan with what the technique is measured on: plan keys in its attribute ``measured_on``."""
+    """The workload's baseline plan with what the technique is measured on: plan keys in its attribute
+    ``measured_on``.
+    """
     return _changed(workload.baseline(model), getattr(technique, "measured_on", {}))
 
 

@@ -114,9 +114,9 @@ class Chain:
     def draw(self, logits_V: Tensor, min_confidence: float) -> bool:
         """Draw the next token; False where the best one is less probable than ``min_confidence``.
 
-        logits_V: the draft's, float32 [V], -inf for tokens it does not know. Whether to draw depends on the distribution
-        alone, never on the token drawn: else the tokens that are proposed would not follow the distribution that they are
-        verified against.
+        logits_V: the draft's, float32 [V], -inf for tokens it does not know. Whether to draw depends on the
+        distribution alone, never on the token drawn: else the tokens that are proposed would not follow the
+        distribution that they are verified against.
         """
         params, processor = self.ask.params, self.ask.processor
         if bool(logits_V.isnan().any()):

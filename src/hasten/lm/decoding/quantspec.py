@@ -23,12 +23,12 @@ from torch import Tensor
 
 from hasten.core.errors import ConflictError, UnsupportedError
 from hasten.core.technique import Technique
+from hasten.lm.chunk import Chunk
 from hasten.lm.decoding.depth import Acceptance, Depth
 from hasten.lm.decoding.draft_model import Chain
 from hasten.lm.decoding.prompt_lookup import within_engine
 from hasten.lm.decoding.speculate import Ask, Drafter, Proposal
 from hasten.lm.kvcache.quantspec import QuantSpecKernel, QuantSpecKV
-from hasten.lm.chunk import Chunk
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
 from hasten.weights.gptq import GPTQ
 from hasten.weights.gptq_grid import make_grid

@@ -56,8 +56,8 @@ class Ask:
     """A decoding sequence that may be given a draft, and how its tokens will be chosen.
 
     token_ids: prompt and output, the engine's own growing list: not to be changed. limit: most tokens to guess, at
-    least 1. plain: nothing but tokens at positions 0..n-1 entered the model. kv: the sequence's pages, for drafters that
-    run on the engine's own cache; all tokens but the last are cached.
+    least 1. plain: nothing but tokens at positions 0..n-1 entered the model. kv: the sequence's pages, for drafters
+    that run on the engine's own cache; all tokens but the last are cached.
     """
 
     sequence_id: int

@@ -3,18 +3,20 @@
 Source: Tiwari et al., "QuantSpec: Self-Speculative Decoding with Hierarchical Quantized KV Cache", ICML 2025, arXiv
 2502.10424, section 4. The draft reads the upper plane (4 bits), the target both (8 bits).
 
-A page is a group of P tokens, quantised once, when P newer tokens exist: keys per channel over the page, values per token.
-So page size and group size are the same: a page holds its own scales, two sequences that share a page share a whole group,
-and a group that is still growing has one owner (`KVCache.reserve` copies a shared page before it is written).
+A page is a group of P tokens, quantised once, when P newer tokens exist: keys per channel over the page, values per
+token. So page size and group size are the same: a page holds its own scales, two sequences that share a page share a
+whole group, and a group that is still growing has one owner (`KVCache.reserve` copies a shared page before it is
+written).
 
-The paper's buffers F1 and F2 are a ring of 2 P tokens per sequence, and room for the block in flight. A token at position p
-reads from the planes the pages before ``(p + 1) // P - 1`` and the rest, between P and 2 P - 1 tokens, in full precision,
-whether it is decoded, verified or part of a prompt: what a row reads depends on its position alone, not on how a prompt was
-cut, which guesses were rejected or whether the sequence lost its pages in between. Rejected tokens are overwritten in
-the ring; planes are never written for tokens that may still be rejected.
+The paper's buffers F1 and F2 are a ring of 2 P tokens per sequence, and room for the block in flight. A token at
+position p reads from the planes the pages before ``(p + 1) // P - 1`` and the rest, between P and 2 P - 1 tokens, in
+full precision, whether it is decoded, verified or part of a prompt: what a row reads depends on its position alone,
+not on how a prompt was cut, which guesses were rejected or whether the sequence lost its pages in between. Rejected
+tokens are overwritten in the ring; planes are never written for tokens that may still be rejected.
 
-Shared between sequences: quantised pages. Never shared: the ring. A fork gets a copy; a sequence that starts with stored pages
-reads them from the planes, and computes at least P tokens of its own, so that decoding has its newest P in full precision.
+Shared between sequences: quantised pages. Never shared: the ring. A fork gets a copy; a sequence that starts with
+stored pages reads them from the planes, and computes at least P tokens of its own, so that decoding has its newest P
+in full precision.
 
 Legend: L layers, N pages, G kv heads, P page size, D head size, T rows of the step, S sequences, R tokens of a ring.
 """
@@ -178,7 +180,8 @@ class QuantSpecKV(KVFormat):
         if self._step is None or self._step.layout is not layout:
             if layout.layers or layout.trees:
                 raise UnsupportedError(
-                    "quantspec pages hold the same tokens in all layers, in one chain: no layer hook may drop rows and no "
+                    "quantspec pages hold the same tokens in all layers, in one chain: no layer hook may "
+                    "drop rows and no "
                     "drafter propose trees"
                 )
             start = layout.query_start_S1.tolist()
@@ -205,7 +208,8 @@ class QuantSpecKV(KVFormat):
         if ring is None:
             if start % size:
                 raise UnsupportedError(
-                    f"sequence {sequence} goes on at token {start}, but its full-precision tokens are gone; a quantspec "
+                    f"sequence {sequence} goes on at token {start}, but its full-precision tokens are "
+                    f"gone; a quantspec "
                     f"sequence starts at a multiple of {size} or is forked from a running one"
                 )
             ring = self.rings[sequence] = Ring(self._data(), start // size, start // size, start)
