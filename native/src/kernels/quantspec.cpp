@@ -139,7 +139,7 @@ void pack_head(const float* k, const float* v, std::size_t row, const Planes& p,
 
 // The 16 numbers of a block: U, or B = 16 U + L + 8.
 template <bool Full>
-inline void unpack(const std::uint8_t* u, const std::uint8_t* l, float* to) {
+inline void unpack(const std::uint8_t* u, const std::uint8_t* l, vf* to) {
 #if defined(__AVX2__)
   const __m128i nibble = _mm_set1_epi8(0x0F);
   const __m128i a = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(u));
@@ -149,8 +149,12 @@ inline void unpack(const std::uint8_t* u, const std::uint8_t* l, float* to) {
     high = _mm_or_si128(_mm_andnot_si128(nibble, a), _mm_and_si128(_mm_srli_epi16(b, 4), nibble));
     low = _mm_or_si128(_mm_slli_epi16(low, 4), _mm_and_si128(b, nibble));
   }
-  _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low)));
-  _mm256_storeu_ps(to + 8, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high)));
+#if defined(__AVX512F__)
+  to[0] = {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi64(low, high)))};
+#else
+  to[0] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low))};
+  to[1] = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high))};
+#endif
 #else
   for (int i = 0; i < kBlock; ++i) {
     int low = u[i] & 15, high = u[i] >> 4;
@@ -158,33 +162,56 @@ inline void unpack(const std::uint8_t* u, const std::uint8_t* l, float* to) {
       low = 16 * low + (l[i] & 15);
       high = 16 * high + (l[i] >> 4);
     }
-    to[i] = static_cast<float>(low);
-    to[i + kBlock] = static_cast<float>(high);
+    to[i] = vf::set(static_cast<float>(low));
+    to[i + kBlock] = vf::set(static_cast<float>(high));
   }
 #endif
 }
 
-// out[q][lane] = sum over i, in order, of coef[q * stride + i] * code[i][lane], for Q queries.
-template <int Q>
-inline void weigh(const float* code, int n, const float* coef, std::size_t stride, float* out) {
-  vf sum[Q][kVectors];
+// out[q][lane] = sum over i, in order, of coef[q * stride + i] * code i's lane, for Q queries; `code(i, x)` fills x.
+template <int Q, typename Code>
+inline void weigh(Code code, int n, const float* coef, std::size_t stride, float* out) {
+  vf sum[Q][kVectors], x[kVectors];
   for (int q = 0; q < Q; ++q)
     for (int j = 0; j < kVectors; ++j) sum[q][j] = vf::zero();
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < kVectors; ++j) {
-      const vf x = vf::load(code + i * kLanes + j * vf::width);
-      for (int q = 0; q < Q; ++q) sum[q][j] = fma(vf::set(coef[q * stride + i]), x, sum[q][j]);
+  for (int i = 0; i < n; ++i) {
+    code(i, x);
+    for (int q = 0; q < Q; ++q) {
+      const vf c = vf::set(coef[q * stride + i]);
+      for (int j = 0; j < kVectors; ++j) sum[q][j] = fma(c, x[j], sum[q][j]);
     }
+  }
   for (int q = 0; q < Q; ++q)
     for (int j = 0; j < kVectors; ++j) sum[q][j].store(out + q * kLanes + j * vf::width);
 }
 
-void weigh_all(const float* code, int n, const float* coef, std::size_t stride, int queries, float* out) {
+template <typename Code>
+inline void weigh_all(Code code, int n, const float* coef, std::size_t stride, int queries, float* out) {
   int q = 0;
   for (; q + 4 <= queries; q += 4) weigh<4>(code, n, coef + q * stride, stride, out + q * kLanes);
   if (queries - q == 3) weigh<3>(code, n, coef + q * stride, stride, out + q * kLanes);
   else if (queries - q == 2) weigh<2>(code, n, coef + q * stride, stride, out + q * kLanes);
   else if (queries - q == 1) weigh<1>(code, n, coef + q * stride, stride, out + q * kLanes);
+}
+
+// n blocks of codes, weighed for all queries: unpacked as they are read, or once for many queries. The sums are the same.
+template <bool Full>
+inline void weigh_blocks(const std::uint8_t* u, const std::uint8_t* l, int n, const float* coef, std::size_t stride,
+                         int queries, float* scratch, float* out) {
+  if (queries <= 4) {
+    weigh_all([=](int i, vf* x) { unpack<Full>(u + i * kBlock, l + i * kBlock, x); }, n, coef, stride, queries, out);
+    return;
+  }
+  for (int i = 0; i < n; ++i) {
+    vf x[kVectors];
+    unpack<Full>(u + i * kBlock, l + i * kBlock, x);
+    for (int j = 0; j < kVectors; ++j) x[j].store(scratch + i * kLanes + j * vf::width);
+  }
+  weigh_all(
+      [=](int i, vf* x) {
+        for (int j = 0; j < kVectors; ++j) x[j] = vf::load(scratch + i * kLanes + j * vf::width);
+      },
+      n, coef, stride, queries, out);
 }
 
 // e^x of n numbers in place (less `top`); their sum.
@@ -204,9 +231,41 @@ inline float exponentials(float* x, int n, float top) {
   return sum;
 }
 
+// The largest of `top` and n numbers; NaN if one of them is not finite.
 inline float largest(const float* x, int n, float top) {
-  for (int i = 0; i < n; ++i) top = x[i] > top || std::isnan(x[i]) ? x[i] : top;
-  return top;
+  vf high = vf::set(top), odd = vf::zero();
+  int i = 0;
+  for (; i + vf::width <= n; i += vf::width) {
+    const vf v = vf::load(x + i);
+    high = max(v, high);
+    odd = odd + (v - v);
+  }
+  float out = high.max(), rest = odd.sum();
+  for (; i < n; ++i) {
+    out = std::max(out, x[i]);
+    rest += x[i] - x[i];
+  }
+  return out + rest;
+}
+
+// Folds scales into n factors, x -> x * S (/ 16); the sum of x * zero point.
+template <bool Full>
+inline float fold(float* x, const std::uint16_t* scale, const std::uint16_t* zero, int n) {
+  const vf part = vf::set(Full ? 0.0625f : 1.0f), shift = vf::set(Full ? -0.5f : 0.0f);
+  vf sum = vf::zero();
+  int i = 0;
+  for (; i + vf::width <= n; i += vf::width) {
+    const vf v = vf::load(x + i), S = vf::load(scale + i);
+    sum = fma(v, fma(S, shift, vf::load(zero + i)), sum);
+    (v * S * part).store(x + i);
+  }
+  float out = sum.sum();
+  for (; i < n; ++i) {
+    const float S = bf16_to_float(scale[i]);
+    out += x[i] * (bf16_to_float(zero[i]) + (Full ? -0.5f : 0.0f) * S);
+    x[i] = x[i] * S * (Full ? 0.0625f : 1.0f);
+  }
+  return out;
 }
 
 struct Work {
@@ -229,7 +288,7 @@ struct Task {
 };
 
 struct Scratch {
-  std::vector<float> codes, coef, base, score, sums, out, top, total;
+  std::vector<float> codes, coef, base, score, sums, out, top, total;  // base: what the zero points add, per query
 };
 
 inline float capped(float x, float cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
@@ -249,7 +308,6 @@ void run_planes(const Work& w, const Task& t) {
   s.out.assign(static_cast<std::size_t>(queries) * D, 0.0f);
   s.top.assign(queries, -INFINITY);
   s.total.assign(queries, 0.0f);
-  std::vector<float>& step = s.base;  // alias while values are read: one Z sum per query
   for (int page = t.first; page < t.last; ++page) {
     int begin = 0;  // later rows read at least as many pages
     while (begin < t.rows && t.bound[begin] <= page) ++begin;
@@ -260,18 +318,14 @@ void run_planes(const Work& w, const Task& t) {
     for (int i = q0; i < queries; ++i) {
       const int row = t.row + i / w.repeat, head = t.head * w.repeat + i % w.repeat;
       const float* q = w.q + (static_cast<std::size_t>(row) * w.heads + head) * D;
-      float zero = 0;
-      for (int d = 0; d < D; ++d) {
-        const float S = bf16_to_float(ks[d]), Z = bf16_to_float(kz[d]), x = q[d] * w.scale;
-        s.coef[static_cast<std::size_t>(i) * D + d] = x * S * (Full ? 0.0625f : 1.0f);
-        zero += x * (Full ? Z - 0.5f * S : Z);
-      }
-      s.base[i] = zero;
+      float* x = &s.coef[static_cast<std::size_t>(i) * D];
+      for (int d = 0; d < D; ++d) x[d] = q[d] * w.scale;
+      s.base[i] = fold<Full>(x, ks, kz, D);
     }
     for (int b = 0; b < p.key_blocks(); ++b) {
       const std::size_t from = at * p.key_bytes() + static_cast<std::size_t>(b) * D * kBlock;
-      for (int d = 0; d < D; ++d) unpack<Full>(p.ku + from + d * kBlock, p.kl + from + d * kBlock, &s.codes[d * kLanes]);
-      weigh_all(s.codes.data(), D, &s.coef[static_cast<std::size_t>(q0) * D], D, active, s.sums.data());
+      weigh_blocks<Full>(p.ku + from, p.kl + from, D, &s.coef[static_cast<std::size_t>(q0) * D], D, active,
+                         s.codes.data(), s.sums.data());
       for (int i = 0; i < active; ++i)
         for (int j = 0; j < kLanes; ++j)
           s.score[static_cast<std::size_t>(q0 + i) * padded + b * kLanes + j] =
@@ -283,23 +337,17 @@ void run_planes(const Work& w, const Task& t) {
       const float fade = s.top[i] == -INFINITY ? 0.0f : std::exp(s.top[i] - top);
       s.total[i] = s.total[i] * fade + exponentials(x, P, top);
       s.top[i] = top;
-      float zero = 0;
-      for (int j = 0; j < P; ++j) {
-        const float S = bf16_to_float(vs[j]), Z = bf16_to_float(vz[j]);
-        zero += x[j] * (Full ? Z - 0.5f * S : Z);
-        x[j] *= S * (Full ? 0.0625f : 1.0f);
-      }
-      step[i] = zero;
+      s.base[i] = fold<Full>(x, vs, vz, P);
       float* out = &s.out[static_cast<std::size_t>(i) * D];
       for (int d = 0; d < D; ++d) out[d] *= fade;
     }
     for (int c = 0; c < D / kLanes; ++c) {
       const std::size_t from = at * p.value_bytes() + static_cast<std::size_t>(c) * P * kBlock;
-      for (int j = 0; j < P; ++j) unpack<Full>(p.vu + from + j * kBlock, p.vl + from + j * kBlock, &s.codes[j * kLanes]);
-      weigh_all(s.codes.data(), P, &s.score[static_cast<std::size_t>(q0) * padded], padded, active, s.sums.data());
+      weigh_blocks<Full>(p.vu + from, p.vl + from, P, &s.score[static_cast<std::size_t>(q0) * padded], padded, active,
+                         s.codes.data(), s.sums.data());
       for (int i = 0; i < active; ++i) {
         float* out = &s.out[static_cast<std::size_t>(q0 + i) * D + c * kLanes];
-        for (int j = 0; j < kLanes; ++j) out[j] += s.sums[i * kLanes + j] + step[q0 + i];
+        for (int j = 0; j < kLanes; ++j) out[j] += s.sums[i * kLanes + j] + s.base[q0 + i];
       }
     }
   }
@@ -363,7 +411,8 @@ void run_tail(const Work& w, const Task& t) {
 
 // o = sum e^(l_j - m) o_j / sum e^(l_j - m).
 void join(const float* out, const float* lse, int parts, int size, float* to, float* to_lse) {
-  const float top = largest(lse, parts, -INFINITY);
+  float top = -INFINITY;
+  for (int j = 0; j < parts; ++j) top = lse[j] > top || std::isnan(lse[j]) ? lse[j] : top;
   std::fill(to, to + size, 0.0f);
   *to_lse = top;
   if (top == -INFINITY) return;

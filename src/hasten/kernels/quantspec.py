@@ -72,7 +72,7 @@ class Planes:
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, G, P, D)."""
         count, groups, _, page, _ = self.v_upper.shape
@@ -127,22 +127,21 @@ class Tails:
     values: tuple[Tensor, ...]
     base: tuple[int, ...]
 
-    def table(self, groups: int, size: int) -> tuple[Tensor, bool]:
-        """(int64 [S, 4]: addresses, base, R; whether bfloat16)."""
+    @cached_property
+    def table(self) -> tuple[Any, bool]:
+        """(int64 [S, 4]: addresses, base, R; whether bfloat16). Raises TypeError or ValueError."""
         dtypes = {x.dtype for x in (*self.keys, *self.values)}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
             raise TypeError(f"tails must all be float32 or all bfloat16, not {sorted(map(str, dtypes))}")
-        for k, v in zip(self.keys, self.values, strict=True):
-            fits = k.dim() == 3 and k.shape == v.shape and tuple(k.shape[1:]) == (groups, size)
+        rows = []
+        for k, v, base in zip(self.keys, self.values, self.base, strict=True):
+            fits = k.dim() == 3 and k.shape == v.shape and k.shape[1:] == self.keys[0].shape[1:]
             if not fits or not k.shape[0] or not (k.is_contiguous() and v.is_contiguous()):
                 raise ValueError(
-                    f"tails must be contiguous [R >= 1, {groups}, {size}], not {tuple(k.shape)}, {tuple(v.shape)}"
+                    f"tails must be contiguous [R >= 1, G, D], not {tuple(k.shape)}, {tuple(v.shape)}"
                 )
-        rows = [
-            (k.data_ptr(), v.data_ptr(), base, k.shape[0])
-            for k, v, base in zip(self.keys, self.values, self.base, strict=True)
-        ]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4), torch.bfloat16 in dtypes
+            rows.append((k.data_ptr(), v.data_ptr(), base, k.shape[0]))
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).numpy(), torch.bfloat16 in dtypes
 
 
 def quantspec_pack(
@@ -201,7 +200,11 @@ def quantspec_attend(
     count, groups, page, own = planes.shape
     if own != size or groups == 0 or heads % groups:
         raise ValueError(f"q_THD {tuple(q_THD.shape)} does not fit pages of {groups} kv heads of size {own}")
-    table_S4, half = tails.table(groups, size)
+    table_S4, half = tails.table
+    if tails.keys and tuple(tails.keys[0].shape[1:]) != (groups, size):
+        raise ValueError(
+            f"tails {tuple(tails.keys[0].shape)} do not fit pages of {groups} kv heads of size {size}"
+        )
     if position_S.dtype is not torch.int64 or position_S.dim() != 1 or not position_S.is_contiguous():
         raise TypeError(f"position_S must be contiguous int64 [S], not {position_S.dtype}")
     start: Any = index_array("query_start_S1", query_start_S1, 1)
@@ -217,7 +220,7 @@ def quantspec_attend(
         position_S.numpy(),
         index_array("bound_T", bound_T, 1),
         index_array("page_table_SM", page_table_SM, 2),
-        table_S4.numpy(),
+        table_S4,
         count,
         groups,
         page,

@@ -23,7 +23,8 @@ Legend: L layers, N pages, G kv heads, P page size, D head size, T rows of the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from hasten.attention.layout import AttentionSpec, HeadShape, StepLayout
 from hasten.attention.policy import Dense, Selection
 from hasten.core.errors import SettingError, UnsupportedError
 from hasten.kernels.quantspec import LANES, Planes, Tails, quantspec_attend, quantspec_pack
+from hasten.kernels.rope import rope_append
 from hasten.lm.kvcache.format import KVFormat
 
 
@@ -48,6 +50,11 @@ class Ring:
     floor: int
     done: int
     top: int
+    layers: list[tuple[Tensor, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        data = self.data_2LRGD
+        self.layers = [(data[0, i], data[1, i]) for i in range(data.shape[1])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,39 +243,85 @@ class QuantSpecKV(KVFormat):
         return max(0, tokens // self.page_size - 1)
 
     def append(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, layout: StepLayout) -> None:
+        def write(rows: slice, slot_C: Tensor, keys_RGD: Tensor, values_RGD: Tensor) -> None:
+            keys_RGD[slot_C] = k_TGD[rows].to(self.dtype)
+            values_RGD[slot_C] = v_TGD[rows].to(self.dtype)
+
+        self._append(layer, layout, write)
+
+    def rotate_append(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        layout: StepLayout,
+    ) -> tuple[Tensor, Tensor]:
+        def write(rows: slice, slot_C: Tensor, keys_RGD: Tensor, values_RGD: Tensor) -> None:
+            rope_append(  # to it, a token of a ring is a page
+                q_THD[rows],
+                k_TGD[rows],
+                v_TGD[rows],
+                cos_TR[rows],
+                sin_TR[rows],
+                slot_C,
+                keys_RGD.unsqueeze(2),
+                values_RGD.unsqueeze(2),
+            )
+
+        self._append(layer, layout, write)
+        return q_THD, k_TGD
+
+    def _append(
+        self, layer: int, layout: StepLayout, write: Callable[[slice, Tensor, Tensor, Tensor], None]
+    ) -> None:
+        """``write(rows, slots, keys, values)`` puts rows of the step into full-precision tokens."""
         step = self.step(layout)
-        keys, values, base = [], [], []
+        held = []
         for place in step.places:
             rows = slice(place.row, place.row + place.count)
-            held = place.ring.data_2LRGD[:, layer]
+            keys_RGD, values_RGD = place.ring.layers[layer]
             if place.long:
-                old = torch.arange(place.low, place.start) % self.capacity
-                both = [
-                    torch.cat((held[i, old], x_TGD[rows].to(self.dtype)))
-                    for i, x_TGD in enumerate((k_TGD, v_TGD))
-                ]
-                for i, x_RGD in enumerate(both):
-                    held[i, place.slot_C] = x_RGD[len(x_RGD) - len(place.slot_C) :]
-                keys.append(both[0])
-                values.append(both[1])
-                base.append(place.low)
+                old = torch.arange(place.low, place.start)
+                new = torch.arange(place.start, place.start + place.count) - place.low
+                both = []
+                for x_RGD in (keys_RGD, values_RGD):
+                    both.append(x_RGD.new_empty(len(old) + place.count, *x_RGD.shape[1:]))
+                    both[-1][: len(old)] = x_RGD[old % self.capacity]
+                write(rows, new, both[0], both[1])
+                count = len(place.slot_C)
+                keys_RGD[place.slot_C], values_RGD[place.slot_C] = both[0][-count:], both[1][-count:]
+                held.append((both[0], both[1], place.low))
             else:
-                held[0, place.slot_C] = k_TGD[rows].to(self.dtype)
-                held[1, place.slot_C] = v_TGD[rows].to(self.dtype)
-                keys.append(held[0])
-                values.append(held[1])
-                base.append(0)
+                write(rows, place.slot_C, keys_RGD, values_RGD)
+                held.append((keys_RGD, values_RGD, 0))
             if place.pack:
-                token = torch.arange(place.pack.start * self.page_size, place.pack.stop * self.page_size)
-                at = (token - base[-1]) % len(keys[-1])
-                shape = (len(place.pack), self.page_size, *k_TGD.shape[1:])
-                packed = [x_RGD[at].float().view(shape) for x_RGD in (keys[-1], values[-1])]
-                quantspec_pack(packed[0], packed[1], place.pages, self.planes[layer])
-        self._tails[layer] = Tails(tuple(keys), tuple(values), tuple(base))
+                self._pack(layer, place, *held[-1])
+        last = self._tails[layer]
+        # While the same sequences decode, their rings stay where they are.
+        if (
+            last is None
+            or len(last.keys) != len(held)
+            or any(
+                k is not kept or base != old
+                for (k, _, base), kept, old in zip(held, last.keys, last.base, strict=True)
+            )
+        ):
+            keys, values, bases = zip(*held, strict=True) if held else ((), (), ())
+            self._tails[layer] = Tails(keys, values, bases)
+
+    def _pack(self, layer: int, place: Place, keys_RGD: Tensor, values_RGD: Tensor, base: int) -> None:
+        token = torch.arange(place.pack.start * self.page_size, place.pack.stop * self.page_size)
+        at = (token - base) % len(keys_RGD)
+        shape = (len(place.pack), self.page_size, *keys_RGD.shape[1:])
+        k_nPGD, v_nPGD = (x_RGD[at].float().view(shape) for x_RGD in (keys_RGD, values_RGD))
+        quantspec_pack(k_nPGD, v_nPGD, place.pages, self.planes[layer])
 
     def pages(self, layer: int) -> Any:
         tails = self._tails[layer]
-        return QuantSpecPages(self.planes[layer], tails or Tails((), (), ()))
+        return QuantSpecPages(self.planes[layer], Tails((), (), ()) if tails is None else tails)
 
 
 class QuantSpecKernel(AttentionKernel):
