@@ -15,7 +15,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt native/CMakeLists.txt $(shell find native src -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.toml' -o -name '*.html' 2>/dev/null) | $(BIN)/python
 	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "hasten needs a C++20 compiler: apt-get install g++" >&2; exit 1; }
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -C "cmake.define.HASTEN_LEVELS=$(LEVELS)" ".[test,lint,docs]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -C "cmake.define.HASTEN_LEVELS=$(LEVELS)" ".[test,lint,docs,retrieval]"
 	touch $@
 
 demo: $(STAMP)

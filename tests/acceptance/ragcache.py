@@ -89,7 +89,7 @@ def test_what_comes_back_is_the_same_bit_for_bit(tiny, kv_dtype):
     """Pages, and what an attention policy keeps beside them."""
     beside = [] if kv_dtype == "int8" else [Adamas(fixed_cut=0.5, dense_layers=0)]
     asked = prompt(*documents(3, 30, 50), question=[5, 6])
-    with load(tiny, [RagCache(), *beside], kv_dtype=kv_dtype) as llm:
+    with load(tiny, [RagCache(), *beside], kv_dtype=kv_dtype, kv_tokens=400) as llm:
         llm.generate([asked], GREEDY)
         store, ids = stored(llm), asked.token_ids
         before = [
@@ -147,17 +147,43 @@ def test_the_tree_stays_whole_under_random_load(tiny, tmp_path, seed, policy):
 # -- 3. what is kept, and in which order requests run ----------
 
 
-def test_hit_rates_on_a_skewed_trace(tiny, tmp_path):
-    given, known = context(tiny, tmp_path), documents(150, 8, 60, 3)
-    asked = [(p.token_ids, p.segments) for p in requests(1500, known, 1) if p.segments]
-    for host_pages in (150, 300, 600):
-        rate = {}
+@pytest.fixture(scope="module")
+def hit_rates(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Of every policy at three capacities, on one trace: 3% of the documents get 60% of the requests."""
+    given, known = context(tiny, tmp_path_factory.mktemp("hits")), documents(150, 8, 60, 3)
+    asked = [(p.token_ids, p.segments) for p in requests(800, known, 1) if p.segments]
+    out: list[dict[str, float]] = []
+    for host_pages in (0, 150, 300):
+        out.append({})
         for policy in ("pgdsf", "gdsf", "lru", "lfu"):
-            made, pool = store(given, 60, policy=policy, host_pages=host_pages)
-            rate[policy] = replay(made, pool, asked).hit_rate
+            made, pool = store(given, 60, policy=policy, host_pages=host_pages, history=policy == "pgdsf")
+            out[-1][policy] = replay(made, pool, asked).hit_rate
             check(made, pool)
-        print(host_pages, rate)
-        assert rate["pgdsf"] >= max(rate.values()) - 0.005, rate
+    return out
+
+
+@pytest.mark.parametrize("other", ["gdsf", "lru"])
+def test_it_hits_at_least_as_often_on_a_skewed_trace(hit_rates, other):
+    for rate in hit_rates:
+        assert rate["pgdsf"] >= rate[other] > 0.3, rate
+
+
+@pytest.mark.xfail(strict=True, reason="popularity that never changes is what LFU is made for: 1 to 2 points above")
+def test_it_hits_at_least_as_often_as_lfu_on_a_skewed_trace(hit_rates):
+    for rate in hit_rates:
+        assert rate["pgdsf"] >= rate["lfu"], rate
+
+
+def test_it_hits_more_often_than_lfu_where_popularity_moves(tiny, tmp_path):
+    """Other documents become popular every 200 requests."""
+    given, known = context(tiny, tmp_path), documents(150, 8, 60, 3)
+    asked = [(p.token_ids, p.segments) for s in (1, 2, 3) for p in requests(200, known, s) if p.segments]
+    for host_pages in (0, 150):
+        rate = {}
+        for policy in ("pgdsf", "lfu"):
+            made, pool = store(given, 60, policy=policy, host_pages=host_pages, history=policy == "pgdsf")
+            rate[policy] = replay(made, pool, asked).hit_rate
+        assert rate["pgdsf"] > rate["lfu"] + 0.02, rate
 
 
 def test_the_costlier_of_two_equal_documents_stays(tiny, tmp_path):
@@ -194,12 +220,12 @@ def test_room_for_one_document_and_two_in_turn(tiny, reorder, hits):
 
 def test_nobody_is_overtaken_for_ever(tiny):
     """One request for D2 among many for D1, which is cached: it runs after at most three later ones."""
-    known = documents(2, 40, 41)
+    known = documents(3, 40, 41)
     with load(tiny, [RagCache(reorder_window=3)], max_batch=1) as llm:
         llm.generate([prompt(known[0], question=[9])], GREEDY)
         asked = [prompt(known[int(i == 1)], question=[7, 8, i + 10]) for i in range(12)]
         sent = [llm.engine.submit(p, GREEDY) for p in asked]
-        urgent = llm.engine.submit(prompt(known[1], question=[3]), GREEDY, priority=1)
+        urgent = llm.engine.submit(prompt(known[2], question=[3]), GREEDY, priority=1)
         llm.engine.run()
         order = sorted(sent, key=lambda r: r.started_at or 0)
         overtook = [r for r in order[: order.index(sent[1])] if r.id > sent[1].id]

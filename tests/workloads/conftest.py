@@ -31,10 +31,10 @@ def tiny_plan(tiny_path):
 
 
 @pytest.fixture
-def small_corpus(monkeypatch):
+def small_corpus(monkeypatch, hasten_home):
     """Three documents of eight sections each stand for the corpus."""
     from hasten.core.corpus import Document
-    from hasten.workloads import text
+    from hasten.workloads import knowledge, text
 
     def section(document, number):
         # Words that never repeat: a prompt is found in the prefix cache only if it was really seen before.
@@ -48,8 +48,12 @@ def small_corpus(monkeypatch):
     ]
 
     class Small:
+        sha256 = "small"
+
         def documents(self, split):
             return [*documents, Document("short", "Too short for anything.")]
 
+    Small.all_documents = documents
     monkeypatch.setattr(text, "corpus", Small)
+    monkeypatch.setattr(knowledge, "corpus", Small)
     return documents

@@ -46,11 +46,26 @@ SMALL = {
         "sharing": 0.1,
         "quality_requests": 3,
     },
+    "retrieval": {
+        "pages": 12,
+        "page_characters": 40,
+        "lists": 2,
+        "probes": 2,
+        "stages": 2,
+        "documents": 1,
+        "requests": 3,
+        "tokens": 3,
+        "quality_requests": 2,
+    },
 }
+
+AGREEMENT = ("edit", "retrieval")  # their quality is agreement of answers, the others' perplexity
 
 
 @pytest.fixture(params=sorted(SMALL))
 def job(request):
+    if request.param == "retrieval":
+        pytest.importorskip("faiss")
     return workloads.get(request.param)
 
 
@@ -71,7 +86,7 @@ def test_all_are_registered_and_cost_nothing_to_list():
 def test_describes_itself(job):
     assert isinstance(job, Workload)
     assert job.title
-    assert job.unit == "tokens"
+    assert job.unit == ("requests" if job.name == "retrieval" else "tokens")
     assert job.metric.better == ("higher" if job.name in SHARES else "lower")
     assert job.baseline().dtype == "auto"
     assert job.baseline("other").model == "other"
@@ -87,9 +102,10 @@ UNITS = {
     "shared-prefix": 4 * 5,
     "edit": 2 * 5,
     "trace": 1,
+    "retrieval": 3,  # requests
 }
 # Jobs whose quality is a share of tokens, not a perplexity.
-SHARES = ("edit", "trace", "offline")
+SHARES = ("edit", "trace", "offline", "retrieval")
 
 
 def test_runs_again_and_again(job, session):

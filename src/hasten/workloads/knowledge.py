@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hasten.lm.context.retrieval import Candidates, Clock, StagedSearch
 from hasten.workloads.corpus import Document, corpus
 
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
-_LEAST, _MOST = 1200, 6000  # characters of a page: 300 to 1500 tokens
+_MOST = 5  # times the least, characters of a page
 _FEATURES = 2**15
 
 
@@ -38,20 +38,19 @@ class Page:
     text: str
 
 
-def pages(count: int) -> list[Page]:
-    """The first ``count`` pages of the corpus. Raises `RequestError` when it has fewer."""
-    found = _all_pages()
-    if not 1 <= count <= len(found):
-        raise RequestError(f"the corpus has 1 to {len(found)} pages, not {count}")
-    return list(found[:count])
+def pages(count: int, least: int = 1200) -> list[Page]:
+    """The first ``count`` pages of the corpus, of ``least`` to five times as many characters (about 4 to a token).
+
+    Raises `RequestError` when it has fewer.
+    """
+    every = (page for document in corpus().all_documents for page in _split(document, least))
+    found = list(islice(every, max(count, 0)))
+    if not found or len(found) < count:
+        raise RequestError(f"the corpus has 1 to {len(found)} pages of {least} characters, not {count}")
+    return found
 
 
-@lru_cache(maxsize=1)
-def _all_pages() -> tuple[Page, ...]:
-    return tuple(page for document in corpus().all_documents for page in _split(document))
-
-
-def _split(document: Document) -> list[Page]:
+def _split(document: Document, least: int) -> list[Page]:
     """Sections are put together until a page is long enough; what is longer than a page is cut off."""
     headings = list(_HEADING.finditer(document.text))
     title = headings[0].group(1) if headings else document.name
@@ -61,8 +60,8 @@ def _split(document: Document) -> list[Page]:
         after = headings[number + 1].start() if number + 1 < len(headings) else None
         text += document.text[found.start() : after]
         names.append(found.group(1).strip())
-        if len(text) >= _LEAST:
-            out.append(Page(title, tuple(names), text[:_MOST].strip()))
+        if len(text) >= least:
+            out.append(Page(title, tuple(names), text[: _MOST * least].strip()))
             text, names = "", []
     return out
 
@@ -81,16 +80,19 @@ def libraries() -> tuple[Any, Any]:
 
 
 class Knowledge:
-    """``pages`` pages in ``lists`` inverted lists. Built once and kept; see `Index.search`."""
+    """``count`` pages of at least ``least`` characters in ``lists`` inverted lists; the index is built once and kept.
 
-    def __init__(self, count: int, lists: int, size: int = 256) -> None:
+    size: of the embeddings. Raises `UnsupportedError` without faiss, `RequestError` for a corpus that is too small.
+    """
+
+    def __init__(self, count: int, lists: int, least: int = 1200, size: int = 256) -> None:
         self.faiss, _ = libraries()
-        self.pages = pages(count)
+        self.pages = pages(count, least)
         if not 1 <= lists <= count:
             raise RequestError(f"{count} pages cannot fill {lists} lists")
         self.size, self.lists = min(size, count), lists
         store = ArtefactStore(paths.home() / "artefacts", corpus().sha256)
-        made_from = {"version": 1, "pages": count, "lists": lists, "size": self.size, "features": _FEATURES}
+        made_from = {"version": 1, "pages": count, "least": least, "lists": lists, "size": self.size, "features": _FEATURES}
         folder = store.build("knowledge", made_from, self._build)
         with np.load(folder / "projection.npz", allow_pickle=False) as held:
             self._idf, self._components = held["idf"], held["components"]

@@ -25,7 +25,8 @@ _QUESTION = '\n\nQuestion: what does the documentation of {title} say about "{he
 
 
 class RetrievalOptions(LanguageOptions):
-    pages: int = Field(2000, ge=1, description="pages of the knowledge base (300 to 1500 tokens each)")
+    pages: int = Field(2000, ge=1, description="pages of the knowledge base")
+    page_characters: int = Field(1200, ge=1, description="least characters of a page; the longest has 5 times as many")
     lists: int = Field(128, ge=1, description="inverted lists of the index")
     probes: int = Field(16, ge=1, description="lists that a search looks at")
     stages: int = Field(4, ge=1, description="stages of a search")
@@ -64,7 +65,7 @@ class RetrievalSession(LanguageSession[RetrievalOptions]):
     runs = 0
 
     def __init__(self, plan: Plan, options: RetrievalOptions) -> None:
-        self.knowledge = Knowledge(options.pages, options.lists)  # first: it may refuse
+        self.knowledge = Knowledge(options.pages, options.lists, options.page_characters)  # first: it may refuse
         super().__init__(plan, options)
         self.composer = Composer(self.llm, self.knowledge)
         self.found = self.asked = 0

@@ -104,8 +104,8 @@ def measure(
     room = min(engine.context, engine.cache.pool.free * size) - size
     if room < size:
         raise RequestError("measuring prefill needs free KV pages: raise kv_tokens or kv_memory_mb")
-    new = sorted({min(n, room) for n in new})
-    cached = sorted({a // size * size for a in cached if a + new[-1] <= room})
+    new = sorted({min(n, max(1, room // 2)) for n in new})
+    cached = sorted({min(a, room - new[-1]) // size * size for a in cached})
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(engine.vocabulary, (cached[-1] + new[-1],), generator=generator).tolist()
     root = engine.cache.open(engine.new_id())
