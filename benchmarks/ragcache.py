@@ -1,16 +1,17 @@
-"""RAGCache on questions about the documentation corpus: `python -m benchmarks.ragcache --hits --ttft --speculation --json FILE`.
+"""RAGCache on questions about the documentation corpus: `python -m benchmarks.ragcache --hits --ttft --speculation
+--json FILE`.
 
-``--hits`` (acceptance 3): document hit rates of the eviction policies over the real questions' documents, without a model: the
-page pool and three sizes of the host tier. `plain` policies forget how often an evicted document was read.
+``--hits`` (acceptance 3): document hit rates of the eviction policies over the real questions' documents, without a
+model: the page pool and three sizes of the host tier. `plain` policies forget how often an evicted document was read.
 
-``--ttft`` (acceptance 4): mean time to first token of the `retrieval` workload, paired and interleaved in one process: no
-cache across requests, one tier with the ordinary prefix cache, RAGCache without reordering, and RAGCache.
+``--ttft`` (acceptance 4): mean time to first token of the `retrieval` workload, paired and interleaved in one
+process: no cache across requests, one tier with the ordinary prefix cache, RAGCache without reordering, and RAGCache.
 
-``--speculation`` (acceptance 5): computing ahead of the search or not, with a search that takes ``--search`` seconds (emulated),
-at a low and at a high rate.
+``--speculation`` (acceptance 5): computing ahead of the search or not, with a search that takes ``--search`` seconds
+(emulated), at a low and at a high rate.
 
-``--profile`` (acceptance 6): the interpolated cost of prefill against the clock at points between those of the grid, and the time
-that choosing the order of 32 waiting requests takes.
+``--profile`` (acceptance 6): the interpolated cost of prefill against the clock at points between those of the grid,
+and the time that choosing the order of 32 waiting requests takes.
 
 Needs a quiet machine, except for ``--hits``. The fast tier is the engine's page pool, the slow one memory of its own.
 """
@@ -30,6 +31,7 @@ import torch
 from hasten import workloads
 from hasten.core import paths
 from hasten.core.plan import Plan
+from hasten.lm.context.retrieval import Clock
 from hasten.lm.kvcache import prefill_cost
 from hasten.lm.kvcache.format import PlainKV
 from hasten.lm.kvcache.pages import PagePool
@@ -43,7 +45,6 @@ from hasten.models.config import HeadShape
 from hasten.models.context import BuildContext
 from hasten.models.store import resolve
 from hasten.workloads.knowledge import IndexSearch, Knowledge
-from hasten.lm.context.retrieval import Clock
 from hasten.workloads.retrieval import Composer, RetrievalSession
 from hasten.workloads.retrieval_trace import replay, trace
 
@@ -84,7 +85,7 @@ def hits(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             store = settings.provide("prefix_store", context)
             assert isinstance(store, KnowledgeStore)
             store.bind(pool, format, size)
-            found = replay(store, pool, asked)
+            found = replay(store, pool, asked, instructions=1)
             yield {
                 "host": times,
                 "policy": policy if history else f"{policy} plain",
@@ -163,7 +164,11 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
             order.arrange(llm.engine.scheduler.waiting)
             times.append(time.perf_counter() - began)
         llm.engine.cancel_all()
-    return {"errors": errors, "worst": max(map(abs, errors.values())), "order_seconds": statistics.median(times)}
+    return {
+        "errors": errors,
+        "worst": max(map(abs, errors.values())),
+        "order_seconds": statistics.median(times),
+    }
 
 
 def main() -> None:
@@ -177,7 +182,9 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=2000)
     parser.add_argument("--lists", type=int, default=128)
     parser.add_argument("--requests", type=int, default=1000, help="of --hits")
-    parser.add_argument("--host", type=float, nargs="+", default=[0, 2, 8], help="of --hits: times the page pool")
+    parser.add_argument(
+        "--host", type=float, nargs="+", default=[0, 2, 8], help="of --hits: times the page pool"
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
     parser.add_argument("--search", type=float, default=0.2, help="seconds of a search, of --speculation")
     parser.add_argument("--pairs", type=int, default=8)

@@ -41,7 +41,7 @@ def store(
     """A bound store; ``host_pages`` instead of ``host_mb``: pages of one layer, two numbers per token and side."""
     format = format or PlainKV()
     if "host_pages" in settings:
-        settings["host_mb"] = int(settings.pop("host_pages")) * 128 / 1e6  # type: ignore[call-overload]
+        settings["host_mb"] = int(settings.pop("host_pages")) * 64 / 1e6  # type: ignore[call-overload]
     made = RagCache(**settings).provide("prefix_store", given)
     assert isinstance(made, KnowledgeStore)
     pool = PagePool(pages)

@@ -59,7 +59,6 @@ SMALL = {
     },
 }
 
-AGREEMENT = ("edit", "retrieval")  # their quality is agreement of answers, the others' perplexity
 
 
 @pytest.fixture(params=sorted(SMALL))

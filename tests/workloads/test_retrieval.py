@@ -56,9 +56,7 @@ class TestIndex:
 
         for number, page in enumerate(knowledge.pages):
             clock, words = Clock(), " ".join(page.text.split()[10:16])
-            search = IndexSearch(
-                knowledge, words, k=3, probes=4, stages=2, clock=clock, asked_at=clock.now()
-            )
+            search = IndexSearch(knowledge, words, k=3, probes=4, stages=2, clock=clock, asked_at=clock.now())
             found = search.poll()
             assert found.final
             assert number in found.documents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -101,7 +102,7 @@ class Intake:
             if min(prompt.position_ids) < 0:
                 raise RequestError(f"position id {min(prompt.position_ids)} is negative")
         ends = (0, *prompt.segments, len(ids) + 1)
-        if any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(ends)):
             raise RequestError(
                 f"segments {list(prompt.segments)} must be ascending token counts between 1 and {len(ids)}"
             )

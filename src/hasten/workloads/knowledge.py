@@ -1,7 +1,9 @@
-"""A knowledge base over the documentation corpus: pages, their embeddings, and an inverted-file index searched in stages.
+"""A knowledge base over the documentation corpus: pages, their embeddings, and an inverted-file index searched in
+stages.
 
 Embeddings are latent semantic analysis (hashed TF-IDF, projected by a truncated SVD): no model to fetch, and good
-enough that a question finds its page. Everything that is computed is an artefact, so all processes search the same index.
+enough that a question finds its page. Everything that is computed is an artefact, so all processes search the same
+index.
 
 Legend: N pages, E embedding size.
 """
@@ -71,7 +73,7 @@ def libraries() -> tuple[Any, Any]:
     try:
         import faiss
         import sklearn.decomposition
-        import sklearn.feature_extraction.text  # noqa: F401
+        import sklearn.feature_extraction.text
     except ImportError as error:
         raise UnsupportedError(
             f"retrieval needs faiss-cpu and scikit-learn ({error}); install them with: pip install 'hasten[retrieval]'"
@@ -92,7 +94,14 @@ class Knowledge:
             raise RequestError(f"{count} pages cannot fill {lists} lists")
         self.size, self.lists = min(size, count), lists
         store = ArtefactStore(paths.home() / "artefacts", corpus().sha256)
-        made_from = {"version": 1, "pages": count, "least": least, "lists": lists, "size": self.size, "features": _FEATURES}
+        made_from = {
+            "version": 1,
+            "pages": count,
+            "least": least,
+            "lists": lists,
+            "size": self.size,
+            "features": _FEATURES,
+        }
         folder = store.build("knowledge", made_from, self._build)
         with np.load(folder / "projection.npz", allow_pickle=False) as held:
             self._idf, self._components = held["idf"], held["components"]
@@ -164,8 +173,9 @@ def _unit(vector_NE: Any) -> NDArray[np.float32]:
 class IndexSearch(StagedSearch):
     """One question: the ``probes`` nearest lists, searched in ``stages``, the nearest lists first.
 
-    A stage's answer is there when the clock says so: ``seconds`` are spread evenly over the stages and stand for an index that
-    is elsewhere or on disk (emulated: they cost no processor time); the search itself runs here, in `poll`.
+    A stage's answer is there when the clock says so: ``seconds`` are spread evenly over the stages and stand for an
+    index that is elsewhere or on disk (emulated: they cost no processor time); the search itself runs here, in
+    `poll`.
     """
 
     def __init__(

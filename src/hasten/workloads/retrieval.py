@@ -26,11 +26,15 @@ _QUESTION = '\n\nQuestion: what does the documentation of {title} say about "{he
 
 class RetrievalOptions(LanguageOptions):
     pages: int = Field(2000, ge=1, description="pages of the knowledge base")
-    page_characters: int = Field(1200, ge=1, description="least characters of a page; the longest has 5 times as many")
+    page_characters: int = Field(
+        1200, ge=1, description="least characters of a page; the longest has 5 times as many"
+    )
     lists: int = Field(128, ge=1, description="inverted lists of the index")
     probes: int = Field(16, ge=1, description="lists that a search looks at")
     stages: int = Field(4, ge=1, description="stages of a search")
-    search_seconds: float = Field(0.0, ge=0, description="how long a search takes beyond its own work (emulated)")
+    search_seconds: float = Field(
+        0.0, ge=0, description="how long a search takes beyond its own work (emulated)"
+    )
     documents: int = Field(2, ge=1, description="documents of a prompt")
     requests: int = Field(24, ge=1, description="requests of one run")
     rate: float = Field(1.0, ge=0, description="requests per second (Poisson); 0: all at once")
@@ -40,10 +44,10 @@ class RetrievalOptions(LanguageOptions):
 
 
 class RetrievalQuestions(LanguageWorkload[RetrievalOptions]):
-    """An open loop: requests arrive by a Poisson process whether or not earlier ones are answered; 3% of the pages get 60% of
-    them. Counted: requests, over the sum of their waits for the first token (search, queue and prefill), so that
-    a ratio of speeds is a ratio of mean times to first token. Every run goes on in the trace where the last one stopped. Waiting
-    for an arrival or a stage of the search is left out of the run, not of the times.
+    """An open loop: requests arrive by a Poisson process whether or not earlier ones are answered; 3% of the pages
+    get 60% of them. Counted: requests, over the sum of their waits for the first token (search, queue and prefill),
+    so that a ratio of speeds is a ratio of mean times to first token. Every run goes on in the trace where the last
+    one stopped. Waiting for an arrival or a stage of the search is left out of the run, not of the times.
 
     Quality: share of answer tokens that equal those of the same model without techniques and without prefix cache.
     """
@@ -65,14 +69,18 @@ class RetrievalSession(LanguageSession[RetrievalOptions]):
     runs = 0
 
     def __init__(self, plan: Plan, options: RetrievalOptions) -> None:
-        self.knowledge = Knowledge(options.pages, options.lists, options.page_characters)  # first: it may refuse
+        self.knowledge = Knowledge(
+            options.pages, options.lists, options.page_characters
+        )  # first: it may refuse
         super().__init__(plan, options)
         self.composer = Composer(self.llm, self.knowledge)
         self.found = self.asked = 0
 
     def run(self) -> Run:
         o = self.options
-        requests = trace(o.requests, o.pages, o.rate, o.seed, skip=o.quality_requests + self.runs * o.requests)
+        requests = trace(
+            o.requests, o.pages, o.rate, o.seed, skip=o.quality_requests + self.runs * o.requests
+        )
         self.runs += 1
         done, seconds = self.serve(self.llm, requests)
         waits = np.array([float(one.first_token_at or 0) - one.asked_at for one in done])
@@ -81,14 +89,15 @@ class RetrievalSession(LanguageSession[RetrievalOptions]):
             "mean_first_token_seconds": float(waits.mean()),
             "p99_first_token_seconds": float(np.quantile(waits, 0.99)),
             "requests_per_second": len(done) / seconds,
-            "cached_share": sum(ledger.cached for ledger in ledgers) / sum(ledger.prompt for ledger in ledgers),
+            "cached_share": sum(ledger.cached for ledger in ledgers)
+            / sum(ledger.prompt for ledger in ledgers),
             "guesses": float(sum(one.guesses for one in done)),
             "guesses_used": float(sum(one.hit for one in done)),
         }
         return Run(len(done), float(waits.sum()), detail)
 
     def serve(self, llm: LLM, requests: Sequence[Asked]) -> tuple[list[Retrieval], float]:
-        """Answer ``requests`` as they arrive; what became of each, and the seconds from first arrival to last answer."""
+        """Answer ``requests`` as they arrive; what became of each, and the seconds until the last answer."""
         o, clock = self.options, Clock()
         pipeline = RetrievalPipeline(llm.engine, clock=clock)
         start = clock.now()
@@ -139,7 +148,10 @@ class RetrievalSession(LanguageSession[RetrievalOptions]):
 
     def facts(self) -> Mapping[str, Any]:
         """Also how often the page that a question is about was among the documents found."""
-        return {**super().facts(), "retrieval_recall": round(self.found / self.asked, 4) if self.asked else None}
+        return {
+            **super().facts(),
+            "retrieval_recall": round(self.found / self.asked, 4) if self.asked else None,
+        }
 
     def questions(self) -> tuple[list[list[int]], int]:
         asked = trace(min(4, self.options.quality_requests), self.options.pages, 0, self.options.seed)

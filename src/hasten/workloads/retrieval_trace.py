@@ -39,7 +39,9 @@ def popularity(count: int, top: float = 0.03, share: float = 0.6) -> NDArray[np.
 
     low, high = 0.0, 8.0
     if not weights(low)[:first].sum() <= share <= weights(high)[:first].sum():
-        raise SettingError(f"no Zipf law gives the first {first} of {count} pages {share:.0%} of the requests")
+        raise SettingError(
+            f"no Zipf law gives the first {first} of {count} pages {share:.0%} of the requests"
+        )
     for _ in range(60):
         middle = (low + high) / 2
         if weights(middle)[:first].sum() < share:
@@ -82,10 +84,16 @@ class Hits:
         return self.hits / self.documents if self.documents else 0.0
 
 
-def replay(store: PrefixStore, pool: PagePool, prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Hits:
-    """Play prompts (tokens, where their documents end) one after the other: match, make room, compute nothing, insert.
+def replay(
+    store: PrefixStore,
+    pool: PagePool,
+    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    instructions: int = 0,
+) -> Hits:
+    """Play prompts (tokens, where their parts end) one after the other: match, make room, compute nothing, insert.
 
-    ``store`` is bound to ``pool``. A prompt that does not fit the pool is a `ValueError`.
+    instructions: how many first parts of each prompt are no documents, and not counted as such. ``store`` is bound to
+    ``pool``. A prompt that does not fit the pool is a `ValueError`.
     """
     out, size = Hits(), store.page_size
     for ids, segments in prompts:
@@ -103,6 +111,6 @@ def replay(store: PrefixStore, pool: PagePool, prompts: Sequence[tuple[Sequence[
         pool.release(pages)
         out.tokens += len(ids)
         out.cached += cached
-        out.documents += len(segments)
-        out.hits += sum(end // size * size <= cached for end in segments)
+        out.documents += len(segments[instructions:])
+        out.hits += sum(end // size * size <= cached for end in segments[instructions:])
     return out

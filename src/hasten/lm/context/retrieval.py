@@ -1,8 +1,8 @@
 """Retrieval before generation, with the search and the reading of its documents overlapped where that pays.
 
-A search that goes on in stages names provisional documents. When they change, the prompt they make is computed ahead, unless
-enough other prompts are being read; if the final documents are the same, the result is used and the search cost nothing.
-Source: dynamic speculative pipelining of RAGCache, Jin et al., 2024, arXiv 2404.12457, section 5.3.
+A search that goes on in stages names provisional documents. When they change, the prompt they make is computed ahead,
+unless enough other prompts are being read; if the final documents are the same, the result is used and the search
+cost nothing. Source: dynamic speculative pipelining of RAGCache, Jin et al., 2024, arXiv 2404.12457, section 5.3.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Clock:
 class Retrieval:
     """A question on its way: its search, then its request. Times are the clock's.
 
-    documents: the final ones. request: computed for those, None before. guesses: prompts computed ahead; hit: whether the last
-    of them was the one. first_token_at: when the answer's first token was there and known to be right.
+    documents: the final ones. request: computed for those, None before. guesses: prompts computed ahead; hit: whether
+    the last of them was the one. first_token_at: when the answer's first token was there and known to be right.
     """
 
     compose: Callable[[Documents], Prompt]

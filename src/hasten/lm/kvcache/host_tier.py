@@ -1,7 +1,7 @@
 """The slow tier of a prefix store: pages copied out of the pool, in memory of their own or in a file.
 
-A page's content is what `KVFormat.read_page` and `Sidecars.read_page` give: a list of tensors, the same shapes for every
-page. A slot of the arena holds one page, tensor after tensor, each at a multiple of 64 bytes.
+A page's content is what `KVFormat.read_page` and `Sidecars.read_page` give: a list of tensors, the same shapes for
+every page. A slot of the arena holds one page, tensor after tensor, each at a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class HostTier:
         row = self._arena[slot]
         for (start, stop, dtype, shape), x in zip(self._places, content, strict=True):
             if x.dtype != dtype or x.shape != shape:
-                raise ValueError(f"page content {tuple(x.shape)} {x.dtype}: the tier holds {tuple(shape)} {dtype}")
+                raise ValueError(
+                    f"page content {tuple(x.shape)} {x.dtype}: the tier holds {tuple(shape)} {dtype}"
+                )
             row[start:stop].view(dtype).view(shape).copy_(x)
         return slot
 
@@ -77,7 +79,9 @@ def _mapped(folder: Path, size: int) -> Tensor:
     try:
         handle, name = tempfile.mkstemp(prefix="hasten-pages-", dir=folder)
     except OSError as error:
-        raise SettingError(f"host_folder = {str(folder)!r}: {error.strerror or error}; name a folder to write to") from None
+        raise SettingError(
+            f"host_folder = {str(folder)!r}: {error.strerror or error}; name a folder to write to"
+        ) from None
     try:
         if size:
             # Room is claimed now: writing to a mapped file on a full disk would kill the process.
@@ -85,7 +89,8 @@ def _mapped(folder: Path, size: int) -> Tensor:
         return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
     except OSError as error:
         raise SettingError(
-            f"host_folder = {str(folder)!r} has no room for {size / 1e6:.0f} MB ({error.strerror or error}); lower host_mb"
+            f"host_folder = {str(folder)!r} has no room for {size / 1e6:.0f} MB "
+            f"({error.strerror or error}); lower host_mb"
         ) from None
     finally:
         os.close(handle)

@@ -1,11 +1,11 @@
 """The knowledge tree of RAGCache: documents by the sequence of documents before them, with what they are worth.
 
-A node is a document (or the instructions before the first) *behind* the path that leads to it: its keys and values depend
-on all of that, so [D1, D2] and [D2, D1] share nothing. A page that reaches over the end of a document belongs to the
-next one. Nodes are found by their tokens, so a hit is exact.
+A node is a document (or the instructions before the first) *behind* the path that leads to it: its keys and values
+depend on all of that, so [D1, D2] and [D2, D1] share nothing. A page that reaches over the end of a document belongs
+to the next one. Nodes are found by their tokens, so a hit is exact.
 
-Source: Jin et al., "RAGCache", 2024, arXiv 2404.12457, sections 4 and 5.1 (algorithm 1). The count of recent accesses and the cost
-of a path are kept whether or not its pages are, for as long as its last access is recent.
+Source: Jin et al., "RAGCache", 2024, arXiv 2404.12457, sections 4 and 5.1 (algorithm 1). The count of recent accesses
+and the cost of a path are kept whether or not its pages are, for as long as its last access is recent.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Node:
 class KnowledgeTree:
     """Nodes, their statistics and one queue of leaves per tier. Knows nothing of how pages are stored.
 
-    cost: seconds for new tokens behind cached ones. window: document accesses that count as recent. history: whether what is
-    known of a path outlives its node.
+    cost: seconds for new tokens behind cached ones. window: document accesses that count as recent. history: whether
+    what is known of a path outlives its node.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What computing a prompt costs, by how much of it is cached: a measured grid with bilinear interpolation.
 
-`PrefillCost` is the T(alpha, beta) of RAGCache (Jin et al., 2024, arXiv 2404.12457, section 5.1): seconds to read beta new
-tokens behind alpha cached ones.
+`PrefillCost` is the T(alpha, beta) of RAGCache (Jin et al., 2024, arXiv 2404.12457, section 5.1): seconds to read
+beta new tokens behind alpha cached ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ _FILE = "prefill.json"
 
 @dataclass(frozen=True)
 class PrefillCost:
-    """seconds[i][j]: of reading new[j] tokens behind cached[i]. Both axes ascending; beyond them the last slope goes on."""
+    """seconds[i][j]: of reading new[j] tokens behind cached[i]. Both axes ascend; beyond them the last slope holds."""
 
     cached: tuple[int, ...]
     new: tuple[int, ...]
@@ -39,7 +40,7 @@ class PrefillCost:
 
     def __post_init__(self) -> None:
         for name, axis in (("cached", self.cached), ("new", self.new)):
-            if not axis or any(a >= b for a, b in zip(axis, axis[1:], strict=False)):
+            if not axis or any(a >= b for a, b in pairwise(axis)):
                 raise ValueError(f"{name} = {axis}: give at least one number, ascending")
         if len(self.seconds) != len(self.cached) or any(len(row) != len(self.new) for row in self.seconds):
             raise ValueError(f"seconds must be {len(self.cached)} rows of {len(self.new)}")
@@ -47,7 +48,7 @@ class PrefillCost:
             raise ValueError("seconds must be positive and finite")
 
     def __call__(self, alpha: float, beta: float) -> float:
-        """Seconds for ``beta`` new tokens behind ``alpha`` cached ones; never less than a tenth of linear in ``beta``."""
+        """Seconds for ``beta`` new tokens behind ``alpha`` cached ones; at least a tenth of linear in ``beta``."""
         i, x = _cell(self.cached, alpha)
         j, y = _cell(self.new, beta)
         i1, j1 = min(i + 1, len(self.cached) - 1), min(j + 1, len(self.new) - 1)
@@ -68,7 +69,9 @@ class PrefillCost:
             rows = tuple(tuple(map(float, row)) for row in found["seconds"])
             return cls(tuple(found["cached"]), tuple(found["new"]), rows)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{folder / _FILE} is not a prefill profile ({error}); delete {folder}") from None
+            raise ArtefactError(
+                f"{folder / _FILE} is not a prefill profile ({error}); delete {folder}"
+            ) from None
 
     @classmethod
     def estimate(cls, parameters: float, attention: float) -> PrefillCost:

@@ -1,9 +1,9 @@
 """RAGCache: the pages of retrieved documents, kept in two tiers and evicted by what computing them again would cost.
 
-Source: Jin, Zhang, Jiang, Liu, Liu, Liu, Jin, "RAGCache: Efficient Knowledge Caching for Retrieval-Augmented Generation", 2024,
-arXiv 2404.12457 (ACM TOCS 2025). Its parts: the knowledge tree and PGDSF (`knowledge_tree`), the profile of prefill
-(`prefill_cost`), the host tier (`host_tier`), the order of the queue (`hasten.lm.scheduling.order`), and computing ahead of the search
-(`hasten.lm.context.retrieval`).
+Source: Jin, Zhang, Jiang, Liu, Liu, Liu, Jin, "RAGCache: Efficient Knowledge Caching for Retrieval-Augmented
+Generation", 2024, arXiv 2404.12457 (ACM TOCS 2025). Its parts: the knowledge tree and PGDSF (`knowledge_tree`), the
+profile of prefill (`prefill_cost`), the host tier (`host_tier`), the order of the queue
+(`hasten.lm.scheduling.order`), and computing ahead of the search (`hasten.lm.context.retrieval`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 
 class RagCache(Technique):
-    """Keeps the KV pages of documents by the sequence in which prompts hold them, in the page pool and a slower host tier,
-    and evicts first what is used little and cheap to compute again. Waiting requests of which much is cached go first, and a
-    retrieval's provisional documents are computed while the search goes on. A prompt names its documents by `Prompt.segments`,
-    or by ``contexts`` that stand in its text; one that names none is kept page by page. Source: Jin et al., 2024, arXiv 2404.12457.
+    """Keeps the KV pages of documents by the sequence in which prompts hold them, in the page pool and a slower host
+    tier, and evicts first what is used little and cheap to compute again. Waiting requests of which much is cached go
+    first, and a retrieval's provisional documents are computed while the search goes on. A prompt names its documents
+    by `Prompt.segments`, or by ``contexts`` that stand in its text; one that names none is kept page by page. Source:
+    Jin et al., 2024, arXiv 2404.12457.
     """
 
     slug = "ragcache"
@@ -44,9 +45,13 @@ class RagCache(Technique):
     lossless = True
     baselines: ClassVar[tuple[dict[str, Any], ...]] = ({"engine": {"prefix_cache": False}}, {})
 
-    policy: Policy = Field("pgdsf", description="what is evicted first: pgdsf (the paper's), gdsf, lru or lfu")
+    policy: Policy = Field(
+        "pgdsf", description="what is evicted first: pgdsf (the paper's), gdsf, lru or lfu"
+    )
     host_mb: float = Field(1024.0, ge=0, description="host tier, 10^6 bytes; 0: only the page pool")
-    host_folder: str | None = Field(None, description="keep the host tier in a file of this folder, not in memory")
+    host_folder: str | None = Field(
+        None, description="keep the host tier in a file of this folder, not in memory"
+    )
     frequency_window: int = Field(4096, ge=1, description="document accesses that count as recent")
     history: bool = Field(
         True,
@@ -55,7 +60,9 @@ class RagCache(Technique):
     reorder: bool = Field(True, description="admit first the waiting requests of which most is cached")
     reorder_window: int = Field(32, ge=1, description="later requests that may be admitted before one")
     speculate: int = Field(
-        1, ge=0, description="compute ahead of the search while fewer prompts than this are being read; 0: never"
+        1,
+        ge=0,
+        description="compute ahead of the search while fewer prompts than this are being read; 0: never",
     )
 
     def provide(self, slot: str, context: BuildContext) -> PrefixStore | PromptTransform:
@@ -65,7 +72,7 @@ class RagCache(Technique):
 
 
 class DocumentEnds(PromptTransform):
-    """Finds where the ``contexts`` of a prompt's text end in its tokens, unless the caller said so (`Prompt.segments`)."""
+    """Finds where the ``contexts`` of a prompt's text end in its tokens, unless the caller said so."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -117,7 +124,7 @@ class KnowledgeStore(PrefixStore):
         return KnowledgeTree(s.policy, s.frequency_window, lambda a, b: self.cost(a, b), s.history)
 
     def bind(self, pool: Any, format: Any, page_size: int, sidecars: Any = None) -> None:
-        """Raises `UnsupportedError` if the KV format's pages cannot leave the pool, `SettingError` for a bad host tier."""
+        """Raises `UnsupportedError` if the format's pages cannot leave the pool, `SettingError` for a bad host tier."""
         super().bind(pool, format, page_size, sidecars)
         if self.settings.host_mb > 0:
             folder = self.settings.host_folder
@@ -238,7 +245,7 @@ class KnowledgeStore(PrefixStore):
     # -- moving --------------------------------------------------------------------------------------------------
 
     def _cuts(self, segments: Sequence[int], length: int) -> list[int]:
-        """Where the tree cuts a prompt, up to ``length`` tokens: the last whole page of each document, or every page."""
+        """Where the tree cuts a prompt, up to ``length`` tokens: after each document's whole pages, or every page."""
         size = self.page_size
         if not segments:
             return list(range(size, length + 1, size))

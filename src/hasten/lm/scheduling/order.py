@@ -1,8 +1,8 @@
 """The order in which waiting sequences are admitted, where that is not the order in which they came.
 
-`CacheAware` is RAGCache's reordering (Jin et al., 2024, arXiv 2404.12457, section 5.2): sequences of which much is stored
-and little is to be computed go first, so that those that share documents run one after the other while the documents are
-cached. A sequence can be overtaken only so often.
+`CacheAware` is RAGCache's reordering (Jin et al., 2024, arXiv 2404.12457, section 5.2): sequences of which much is
+stored and little is to be computed go first, so that those that share documents run one after the other while the
+documents are cached. A sequence can be overtaken only so often.
 """
 
 from __future__ import annotations
