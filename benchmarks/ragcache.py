@@ -5,7 +5,8 @@
 model: the page pool and three sizes of the host tier. `plain` policies forget how often an evicted document was read.
 
 ``--ttft`` (acceptance 4): mean time to first token of the `retrieval` workload, paired and interleaved in one
-process: no cache across requests, one tier with the ordinary prefix cache, RAGCache without reordering, and RAGCache.
+process: RAGCache against no cache across requests, one tier with the ordinary prefix cache (also with as much memory as
+both tiers have), and RAGCache without reordering.
 
 ``--speculation`` (acceptance 5): computing ahead of the search or not, with a search that takes ``--search`` seconds
 (emulated), at a low and at a high rate.
@@ -54,7 +55,7 @@ POLICIES = (("pgdsf", True), ("gdsf", True), ("gdsf", False), ("lru", True), ("l
 
 def prompts(args: argparse.Namespace, count: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Tokens and document ends of the workload's own prompts, as its search finds their documents."""
-    knowledge = Knowledge(args.pages, args.lists)
+    knowledge = Knowledge(args.pages, args.lists, args.characters)
     checkpoint = open_checkpoint(resolve(args.model))
 
     class Words:  # all that a composer needs of a model
@@ -100,6 +101,7 @@ def arms() -> dict[str, Plan]:
     return {
         "no cache": Plan(engine={**ENGINE, "prefix_cache": False}),
         "one tier, LRU": Plan(engine=ENGINE),
+        "one tier, LRU, as much memory": Plan(engine={**ENGINE, "kv_memory_mb": 256 + RagCache().host_mb}),
         "in order": Plan.of([RagCache(reorder=False)], engine=ENGINE),
         "ragcache": Plan.of([RagCache()], engine=ENGINE),
     }
@@ -108,7 +110,14 @@ def arms() -> dict[str, Plan]:
 def session(args: argparse.Namespace, plan: Plan, **options: Any) -> RetrievalSession:
     """The workload with ``plan`` on the chosen model."""
     plan = Plan(args.model, plan.techniques, plan.dtype, plan.engine)
-    given = {"pages": args.pages, "lists": args.lists, "reference": False, "rate": args.rate, **options}
+    given = {
+        "pages": args.pages,
+        "page_characters": args.characters,
+        "lists": args.lists,
+        "reference": False,
+        "rate": args.rate,
+        **options,
+    }
     opened = workloads.get("retrieval").open(plan, given)
     assert isinstance(opened, RetrievalSession)
     return opened
@@ -130,7 +139,7 @@ def compared(baseline: RetrievalSession, candidate: RetrievalSession, pairs: int
 
 def ttft(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     plans = arms()
-    for name in ("no cache", "one tier, LRU", "in order"):
+    for name in [name for name in plans if name != "ragcache"]:
         result = compared(session(args, plans[name]), session(args, plans["ragcache"]), args.pairs)
         yield {"baseline": name, "rate": args.rate, **result}
 
@@ -180,6 +189,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result there too")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--pages", type=int, default=2000)
+    parser.add_argument("--characters", type=int, default=1200, help="least characters of a page")
     parser.add_argument("--lists", type=int, default=128)
     parser.add_argument("--requests", type=int, default=1000, help="of --hits")
     parser.add_argument(

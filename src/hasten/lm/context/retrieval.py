@@ -70,11 +70,12 @@ class Retrieval:
     guesses: int = 0
     hit: bool = False
     failure: Exception | None = None
+    cancelled: bool = False
     _guess: tuple[Documents, Request] | None = field(default=None, repr=False)
 
     @property
     def done(self) -> bool:
-        return self.failure is not None or (self.request is not None and self.request.done)
+        return self.cancelled or self.failure is not None or (self.request is not None and self.request.done)
 
 
 class RetrievalPipeline:
@@ -114,11 +115,14 @@ class RetrievalPipeline:
 
     def cancel(self, retrieval: Retrieval) -> None:
         """End a retrieval wherever it is. Finished ones are left alone."""
+        if retrieval.done:
+            return
+        retrieval.cancelled = True
         for queue in (self._searching, self._answering):
             if retrieval in queue:
                 queue.remove(retrieval)
         self._drop_guess(retrieval)
-        if retrieval.request is not None and not retrieval.request.done:
+        if retrieval.request is not None:
             self.engine.cancel(retrieval.request)
 
     def step(self) -> bool:

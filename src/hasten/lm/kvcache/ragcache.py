@@ -142,7 +142,7 @@ class KnowledgeStore(PrefixStore):
         runner = engine.runner
         kinds = sorted({type(module).__name__ for _, module in runner.decoder.linears()})
         made_from = {
-            "version": 1,
+            "grid": [prefill_cost.CACHED, prefill_cost.NEW],
             "linears": kinds,
             "attention": [type(runner.kernel).__name__, type(runner.policy).__name__],
             "hooks": [type(hook).__name__ for hook in runner.hooks],
