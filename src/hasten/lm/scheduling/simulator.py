@@ -42,7 +42,7 @@ class Asked:
 class Simulated:
     """A simulated run. Per step: compute, memory (seconds of each resource) and rows; then totals of the run.
 
-    cached, prompts: prompt tokens taken from the prefix store, and all. scheduling: real seconds in the scheduler.
+    cached, prompts: prompt tokens taken from the prefix store, and all. scheduling: real processor seconds in the scheduler.
     """
 
     compute: list[float] = field(default_factory=list)
@@ -100,9 +100,9 @@ class Simulator:
         for number, asked in enumerate(job):
             self._left[self._submit(number, asked)] = asked.output
         while self._left:
-            began = time.perf_counter()
+            began = time.thread_time()
             work = self.scheduler.schedule()
-            done.scheduling += time.perf_counter() - began
+            done.scheduling += time.thread_time() - began
             if not work:
                 raise RequestError(f"nothing runs although {len(self._left)} requests are not finished")
             compute = memory = 0.0
