@@ -17,10 +17,10 @@ def test_a_job_has_the_density_and_sharing_asked_for(density, sharing):
     assert shapes == job(RATES, requests=300, density=density, sharing=sharing, **KINDS)
     assert len(shapes) == 300
     assert saved(shapes) / sum(shape.prompt for shape in shapes) == pytest.approx(sharing, abs=0.01)
-    tree = PrefixTree([Entry(one.prompt, float(one.output)) for one in synthetic(shapes)])
+    tree = PrefixTree([Entry(one.prompt, float(one.output)) for one in synthetic(shapes, template=2)])
     tree.cost(RATES)
     assert tree.root.density == pytest.approx(density, rel=0.06)  # instructions are shared too
-    assert tree.root.saved / sum(shape.prompt for shape in shapes) == pytest.approx(sharing, abs=0.06)
+    assert tree.root.saved / sum(shape.prompt for shape in shapes) == pytest.approx(sharing, abs=0.02)
 
 
 def test_prompts_share_their_kind_and_their_group_only():
@@ -43,8 +43,8 @@ def test_impossible_mixes_are_refused():
     with pytest.raises(MeasureError, match="density 1000 cannot be had"):
         job(RATES, requests=20, density=1000, sharing=0.1, **KINDS)
     with pytest.raises(
-        MeasureError, match=r"sharing 0.9 cannot be had in this mix: its prompts share at most 0\.\d+"
+        MeasureError, match=r"sharing 0\.9 cannot be had in this mix: its prompts share at most 0\.\d+"
     ):
         job(RATES, requests=20, sharing=0.9, **KINDS)
-    with pytest.raises(MeasureError, match="sharing 0.1 cannot be had"):
+    with pytest.raises(MeasureError, match=r"sharing 0\.1 cannot be had"):
         job(RATES, requests=20, writing=1.0, sharing=0.1, **KINDS)

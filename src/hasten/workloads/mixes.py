@@ -72,7 +72,7 @@ def job(
     found = saved(chosen) / sum(shape.prompt for shape in chosen)
     if abs(found - sharing) > 0.03:
         raise MeasureError(
-            f"sharing {sharing} cannot be had with density {density}: the mix shares {found:.3f}"
+            f"sharing {sharing} cannot be had in this mix: its prompts share at most {found:.3f}"
         )
     return sorted(chosen, key=lambda _: rng.random())
 

@@ -42,7 +42,8 @@ class Asked:
 class Simulated:
     """A simulated run. Per step: compute, memory (seconds of each resource) and rows; then totals of the run.
 
-    cached, prompts: prompt tokens taken from the prefix store, and all. scheduling: real processor seconds in the scheduler.
+    cached, prompts: prompt tokens taken from the prefix store, and all. scheduling: real processor seconds of the
+    scheduler.
     """
 
     compute: list[float] = field(default_factory=list)
