@@ -70,7 +70,8 @@ def _times(rng: random.Random, options: TrafficOptions) -> list[float]:
     if options.arrivals == "closed":
         return [0.0] * options.requests
     size = options.burst if options.arrivals == "bursty" else 1.0
-    at, times = 0.0, []
+    at = 0.0
+    times: list[float] = []
     while len(times) < options.requests:
         at -= math.log(1 - rng.random()) * size / options.rate
         times.append(at)
