@@ -154,7 +154,8 @@ class DualScanner(OfflineScheduler):
         self.tree.sort()
         self.moved += self.tree.split(self.rates, self.chosen.keep_sharing)
         self._order = deque(index for index in self.tree.walk() if self.startable(self.job[index]))
-        self._need = sum(len(entry.tokens) + entry.output for entry in entries) / len(entries)
+        ends = (leaf.stop + entry.output for leaf, entry in zip(self.tree.leaves, entries, strict=True))
+        self._need = sum(ends) / len(entries)
 
     def remove(self, sequence: Sequence) -> None:
         super().remove(sequence)
