@@ -166,6 +166,10 @@ class DocumentQAOptions(LanguageOptions):
     questions: int = Field(2, ge=1, description="questions of a run, asked one after another")
     tokens: int = Field(32, ge=1, description="tokens to answer to each question")
     quality_questions: int = Field(16, ge=1, description="questions judged for quality")
+    reference: bool = Field(
+        False,
+        description="compare greedy answers with the float32 model's, passages read as one text, as a fact",
+    )
 
 
 class DocumentQA(LanguageWorkload[DocumentQAOptions]):
@@ -186,6 +190,7 @@ class DocumentQA(LanguageWorkload[DocumentQAOptions]):
 
 class DocumentQASession(LanguageSession[DocumentQAOptions]):
     runs = 0
+    _judged: dict[str, float] | None = None
 
     def __init__(self, plan: Plan, options: DocumentQAOptions) -> None:
         super().__init__(plan, options)
@@ -225,6 +230,8 @@ class DocumentQASession(LanguageSession[DocumentQAOptions]):
 
     def judged(self) -> dict[str, float]:
         """Means over the quality questions: exact_match, f1, and answer_loss (nats per token of the right answer)."""
+        if self._judged is not None:
+            return self._judged
         asked = self.questions_of("quality", self.options.quality_questions)
         exact = f1 = loss = 0.0
         for number, one in enumerate(asked):
@@ -234,10 +241,9 @@ class DocumentQASession(LanguageSession[DocumentQAOptions]):
             exact += one.exact(done.text)
             f1 += one.f1(done.text)
             loss += answer_loss(self.llm, one, prompt)
-        return {
-            name: value / len(asked)
-            for name, value in zip(("exact_match", "f1", "answer_loss"), (exact, f1, loss), strict=True)
-        }
+        sums = {"exact_match": exact, "f1": f1, "answer_loss": loss}
+        self._judged = {name: value / len(asked) for name, value in sums.items()}
+        return self._judged
 
     def facts(self) -> Mapping[str, Any]:
         return {**super().facts(), **{name: round(value, 4) for name, value in self.judged().items()}}
