@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pbs_attn": {"block": 8, "segment": 16, "min_rows": 2},
     "sparge_attn": {"min_rows": 2},
     "quik": {"bits": 8, "outliers": 8, "min_rows": 1, "samples": 4, "sample_length": 64},
+    "endor": {"memory_mb": 0.2, "samples": 4, "sample_length": 64},
     "t_man": {"bits": 4, "group_size": 32, "samples": 4, "sample_length": 64},
 }
 

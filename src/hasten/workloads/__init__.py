@@ -23,6 +23,7 @@ _WORKLOADS = {
     "document-qa": "hasten.workloads.document_qa:DocumentQA",
     "retrieval": "hasten.workloads.retrieval:RetrievalQuestions",
     "offline": "hasten.workloads.offline:Offline",
+    "offload-decode": "hasten.workloads.offload:OffloadDecode",
 }
 
 
