@@ -2,7 +2,8 @@
 
 Joo, Hadidi, Feizi, Asgari, 2024. Prunes the linears of every block without structure (by magnitude, or as Wanda by
 magnitude times the norm of the input, arXiv 2306.11695, per output), writes them in one file of aligned layers, and
-runs the model within a memory budget. The format adds no error to the pruned weights; LM head and embedding stay as stored.
+runs the model within a memory budget. The format adds no error to the pruned weights; LM head and embedding stay as
+stored.
 
 Legend: T rows, I inputs, O outputs.
 """
@@ -27,10 +28,10 @@ from hasten.models.decoder import LAYER_LINEARS
 from hasten.weights.calibrate import FixedLinear, LinearReport, SourceLinear
 from hasten.weights.calibrate_data import calibration_segments
 from hasten.weights.calibrate_work import BlockFiles, KeptMethod, WorkFolder, made_from, prepare_blocks
+from hasten.weights.dense import DenseFormat
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
 from hasten.weights.hessian import Hessian
 from hasten.weights.layer_file import LayerFile, write_layers
-from hasten.weights.dense import DenseFormat
 from hasten.weights.native import NativeFormat
 from hasten.weights.weight_store import WeightStore
 

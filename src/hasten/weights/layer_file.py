@@ -136,13 +136,12 @@ class Link:
         self.rate = rate
         self._free = 0.0
 
-    def pay(self, count: int) -> None:
-        """Wait until ``count`` more bytes could have arrived; idle time is not saved up."""
+    def pay(self, count: int, started: float) -> None:
+        """Wait until ``count`` bytes asked for at ``started`` (monotonic) have arrived; idle time is not saved up."""
         if self.rate is None:
             return
-        now = time.monotonic()
-        self._free = max(self._free, now - count / self.rate) + count / self.rate
-        time.sleep(max(0.0, self._free - now))
+        self._free = max(self._free, started) + count / self.rate
+        time.sleep(max(0.0, self._free - time.monotonic()))
 
 
 class LayerFile:
@@ -200,7 +199,7 @@ class LayerFile:
         source = target if self._staging is None else memoryview(self._staging.numpy())  # type: ignore[arg-type]
         done = 0
         while done < region.size:
-            count = min(_REQUEST, region.size - done)
+            count, started = min(_REQUEST, region.size - done), time.monotonic()
             try:
                 got = os.preadv(self._fd, [source[done : done + count]], region.at + done)
             except OSError as error:
@@ -210,7 +209,7 @@ class LayerFile:
             if got <= 0:
                 raise ArtefactError(f"{self.path} ends inside layer {layer}; prepare it again")
             done += got
-            self.link.pay(got)
+            self.link.pay(got, started)
         if self._staging is not None:
             into[: region.size].copy_(self._staging[: region.size])
             os.posix_fadvise(self._fd, region.at, region.size, os.POSIX_FADV_DONTNEED)

@@ -1,8 +1,8 @@
 """Weights that live partly on disk: tiers of layers, and a streamer that brings the next ones while one computes.
 
 Layers fill the tiers in order: *resident* (expanded, in memory), then *compressed* (as on disk, in memory), then
-*disk*. Those that are not resident pass through two buffers, layer after layer, again and again for every step: one thread
-reads, one expands, and the caller computes. Source: Endor (arXiv 2406.11674).
+*disk*. Those that are not resident pass through two buffers, layer after layer, again and again for every step: one
+thread reads, one expands, and the caller computes. Source: Endor (arXiv 2406.11674).
 """
 
 from __future__ import annotations

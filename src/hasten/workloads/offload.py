@@ -1,7 +1,8 @@
 """``offload-decode``: one request at a time on a model whose weights do not fit its memory budget.
 
 The baseline plan of this job runs from memory; what a technique that streams weights is compared with are its own
-``baselines``: the same weights in another format or read in another way. Reads are of the disk, never of the page cache.
+``baselines``: the same weights in another format or read in another way. Reads are of the disk, never of the page
+cache.
 """
 
 from __future__ import annotations
