@@ -1,8 +1,8 @@
 """Acceptance of `endor`: the checks of its specification that are not about speed (that is `benchmarks/endor.py`).
 
 1 the round trip is in tests/kernels/test_endor.py, as are independent blocks (5); 2 the same logits and tokens as the
-same pruned weights in memory; 3 bytes of the file; 4 a file system without direct I/O is named, an emulated link holds; 6
-memory within the budget and two layers' buffers.
+same pruned weights in memory; 3 bytes of the file; 4 a file system without direct I/O is named, an emulated link holds;
+6 memory within the budget and two layers' buffers.
 """
 
 from __future__ import annotations

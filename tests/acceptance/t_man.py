@@ -137,7 +137,7 @@ def layers(llm: LLM) -> list[PlaneLinear]:
 
 
 def test_tables_are_built_once_per_distinct_input(llm: LLM) -> None:
-    prompt = llm.tokenizer.encode("Bit planes are looked up once for queries, keys and values.")
+    prompt = llm.tokenizer.encode("Bit planes are looked up once for queries, keys and values. " * 3)
     before = tables_built()
     llm.generate([prompt], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
     assert (

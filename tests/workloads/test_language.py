@@ -57,6 +57,14 @@ SMALL = {
         "tokens": 3,
         "quality_requests": 2,
     },
+    "offload-decode": {
+        "prompt_tokens": (9,),
+        "tokens": 6,
+        "quality_texts": 2,
+        "quality_context": 4,
+        "quality_tokens": 8,
+        "reference": True,
+    },
 }
 
 

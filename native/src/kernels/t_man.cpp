@@ -256,7 +256,35 @@ void tman_by(const nb::capsule& handle, bool by_lookup, Address x, int rows, Add
   else many(layer, from, layer.inputs, rows, to, layer.outputs);
 }
 
+// Codes [outputs][columns] as planes; false if one does not fit the bits. Runs once per layer at load.
+bool tman_pack(Address from, int outputs, int columns, int bits, Address to) {
+  nb::gil_scoped_release release;
+  const auto* codes = reinterpret_cast<const std::uint8_t*>(from);
+  auto* planes = reinterpret_cast<std::uint8_t*>(to);
+  const int blocks = (outputs + kBlock - 1) / kBlock, units = (columns + kUnit - 1) / kUnit;
+  unsigned all = 0;
+#pragma omp parallel for schedule(static) reduction(| : all)
+  for (int b = 0; b < blocks; ++b) {
+    std::uint8_t* unit = planes + static_cast<std::size_t>(b) * units * bits * kVector;
+    std::memset(unit, 0, static_cast<std::size_t>(units) * bits * kVector);
+    for (int u = 0; u < units; ++u, unit += bits * kVector)
+      for (int r = 0; r < std::min(kBlock, outputs - b * kBlock); ++r) {
+        const std::uint8_t* row = codes + static_cast<std::size_t>(b * kBlock + r) * columns + u * kUnit;
+        for (int k = 0; k < std::min(kUnit, columns - u * kUnit); ++k) {
+          const int v = k / 8;
+          all |= row[k];
+          for (int i = 0; i < bits; ++i) {
+            const int at = i < bits / 2 * 2 ? (i / 2 * 2 + v) * kVector + 2 * r + i % 2 : i * kVector + v * 16 + r;
+            unit[at] = static_cast<std::uint8_t>(unit[at] | (row[k] >> i & 1) << k % 8);
+          }
+        }
+      }
+  }
+  return all >> bits == 0;
+}
+
 HASTEN_KERNELS(m) {
+  m.def("tman_pack", &tman_pack);
   m.def("packed_tman", &packed_tman);
   m.def("packed_tman_shared", &packed_tman_shared);
   m.def("tman_dequantize", &tman_dequantize);

@@ -51,7 +51,8 @@ struct TMan final : Packed {
 Tables build(const TMan& order, const float* x, std::ptrdiff_t ldx, int rows);
 // Few rows, from their tables.
 void lookup(const TMan& layer, const Tables& tables, int rows, float* y, std::ptrdiff_t ldy);
-// Up to so many rows the tables are the faster way.
-inline int most_lookups(const TMan& layer) { return layer.wide ? 6 - layer.grid.bits : 10 - layer.grid.bits; }
+// Up to so many rows the tables are the faster way. Both ways grow by about as much per row, and dequantising begins with
+// the cost of some ten rows; a lone plane costs as much as a pair.
+inline int most_lookups(const TMan& layer) { return !layer.wide ? 24 : layer.grid.bits == 3 ? 8 : 12; }
 
 }  // namespace hasten::tman

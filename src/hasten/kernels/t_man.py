@@ -20,7 +20,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hasten.kernels.affine import (
     HALF,
@@ -33,7 +32,7 @@ from hasten.kernels.affine import (
 )
 from hasten.kernels.affine import dequantize as affine_dequantize
 from hasten.kernels.native import native
-from hasten.kernels.packed import BLOCK, Packed, address, pad_rows
+from hasten.kernels.packed import BLOCK, Packed, address
 
 BITS = (1, 2, 3, 4)
 UNIT = 16  # columns
@@ -77,23 +76,12 @@ def pack_planes(codes_OK: Tensor, bits: int) -> Tensor:
         raise TypeError(f"codes must be uint8, not {codes_OK.dtype}")
     if codes_OK.dim() != 2 or 0 in codes_OK.shape:
         raise ValueError(f"codes must be a non-empty [outputs, inputs], not {tuple(codes_OK.shape)}")
-    if int(codes_OK.max()) >> bits:
+    codes_OK = codes_OK.contiguous()
+    outputs, columns = codes_OK.shape
+    planes = torch.empty(-(-outputs // BLOCK), -(-columns // UNIT), bits, _VECTOR, dtype=torch.uint8)
+    if not native().tman_pack(codes_OK.data_ptr(), outputs, columns, bits, planes.data_ptr()):
         raise ValueError(f"codes reach {int(codes_OK.max())}; {bits} bits end at {(1 << bits) - 1}")
-    # Quads of a unit: q = 2 v + h, the low nibbles h = 0 and the high ones h = 1.
-    quad_NRUvhj = pad_rows(pad(codes_OK, (0, -codes_OK.shape[1] % UNIT))).unflatten(2, (-1, 2, 2, 4))
-    place = torch.arange(4, dtype=torch.uint8)
-    planes: list[Tensor] = []
-    for plane in range(bits):
-        nibble_NRUvh = ((quad_NRUvhj >> plane & 1) << place).sum(-1, dtype=torch.uint8)
-        byte_NRUv = nibble_NRUvh[..., 0] | nibble_NRUvh[..., 1] << 4
-        planes.append(byte_NRUv.permute(0, 2, 3, 1))  # [N, U, 2, 16]
-    vectors: list[Tensor] = []
-    for first in range(0, bits - 1, 2):
-        pair_NUv = torch.stack(planes[first : first + 2], dim=-1)
-        vectors += [pair_NUv[:, :, v].flatten(-2) for v in range(2)]
-    if bits % 2:
-        vectors.append(planes[-1].flatten(-2))
-    return torch.stack(vectors, dim=2).contiguous()
+    return planes
 
 
 def unpack_planes(planes: Tensor, outputs: int, columns: int) -> Tensor:
