@@ -131,15 +131,17 @@ float exponentials(float* x, int count) {
   return 1.0f / total;
 }
 
-// An unsigned number that orders as the float does; what is not a number comes last.
+// An unsigned number that orders as the float does, to three digits; what is not a number comes last. Equal tokens have
+// equal keys in the first layer wherever they stand: the order of a sum must not decide which of them wins.
 std::uint32_t order(float x) {
   if (x != x) return 0;
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0xFFFFF000u;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The `k` largest of `count` scores (the later of equal ones), as ascending indices plus `base`. Returns how many.
+// The `k` largest of `count` scores (the later of those equal to three digits), as ascending indices plus `base`. Returns how many.
 int largest(const float* score, int count, int k, int base, std::int32_t* out) {
   if (count <= k) {
     for (int i = 0; i < count; ++i) out[i] = base + i;

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hasten.kernels.token_select import Ballot, Kept, Turns
 
-__all__ = ["token_choose", "token_gather", "token_turn", "token_votes"]
+__all__ = ["largest", "token_choose", "token_gather", "token_turn", "token_votes"]
 
 
 def _turned(x_LGD: Tensor, turns: Turns, unit: int, start: int) -> Tensor:
@@ -57,15 +57,16 @@ def token_votes(
         else:
             found = torch.zeros(end - first)
             for row in logits_HL:
-                found[_largest(row, ballot.k)] += 1
+                found[largest(row, ballot.k)] += 1
         if ballot.pool > 1:
             found = torch.nn.functional.max_pool1d(found[None], ballot.pool, 1, ballot.pool // 2)[0]
         score[u, : end - first] = found
     return score
 
 
-def _largest(score_L: Tensor, k: int) -> Tensor:
-    """Ascending indices of the ``k`` largest, the later of equal ones."""
+def largest(score_L: Tensor, k: int) -> Tensor:
+    """Ascending indices of the ``k`` largest, the later of those equal in 11 bits of the mantissa."""
+    score_L = (score_L.contiguous().view(torch.int32) & ~0xFFF).view(torch.float32)
     backwards = score_L.flip(0).sort(descending=True, stable=True).indices[:k]
     return (score_L.numel() - 1 - backwards).sort().values
 
@@ -99,7 +100,7 @@ def token_choose(
         else:
             end_U = torch.tensor([length - int(local_U[u])])
             score = token_votes(mean_UHD[u : u + 1], k_NGPD, table_UM[u : u + 1], first, end_U, ballot)[0]
-            kept.kept_CK[slot] = (_largest(score, ballot.k) + first).int()
+            kept.kept_CK[slot] = (largest(score, ballot.k) + first).int()
             kept.known_CF[slot] = mean_F
             kept.made_C[slot] = length
         list_UW[u, first : first + ballot.k] = kept.kept_CK[slot]
