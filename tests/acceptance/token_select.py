@@ -148,7 +148,9 @@ class Explicit:
 @pytest.mark.parametrize("theta", [1.01, 0.3, -1])
 def test_engine_computes_what_the_paper_says(tiny, whole_local, theta):
     """100 prompt tokens in chunks, then token by token: log-probabilities within 1e-3 of an explicit computation."""
-    settings, given = TokenSelect(**SMALL, whole_local=whole_local, theta=theta), ids(150)
+    settings = TokenSelect(**SMALL, whole_local=whole_local, theta=theta)
+    # No token twice: equal tokens tie in the first layer, and which of them wins is not what is tested.
+    given = (3 + np.random.default_rng(0).permutation(297)[:150]).tolist()
     with LLM(tiny, use=[settings], dtype="float32") as llm:
         got = np.array(llm.score(given, context=100, mode="decode").logprobs)
         figures = llm.facts()
