@@ -81,7 +81,13 @@ def perplexity(args: argparse.Namespace, context: int) -> Iterator[dict[str, Any
                 logprobs = llm.score(ids, context=context - args.scored, mode=args.mode).logprobs
                 total -= sum(logprobs) / len(logprobs) / len(texts)
         dense = total if name == "dense" else dense
-        yield {"context": context, "arm": name, "mode": args.mode, "loss": total, "change": math.expm1(total - dense)}
+        yield {
+            "context": context,
+            "arm": name,
+            "mode": args.mode,
+            "loss": total,
+            "change": math.expm1(total - dense),
+        }
 
 
 def passkey(args: argparse.Namespace, context: int) -> Iterator[dict[str, Any]]:
@@ -94,7 +100,9 @@ def passkey(args: argparse.Namespace, context: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for part in ("speed", "perplexity", "passkey"):
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--context", type=int, nargs="+", default=[8192])

@@ -98,7 +98,9 @@ def test_the_cache_holds_keys_before_rotation(tiny, monkeypatch):
 
     monkeypatch.setattr(TokenSelectPolicy, "on_append", watch)
     score(tiny, [TokenSelect(**SMALL)], [7] * 120, "prefill")
-    k_TGD = torch.cat(seen)  # the same token everywhere: layer 0 has the same key everywhere, but for its rotation
+    k_TGD = torch.cat(
+        seen
+    )  # the same token everywhere: layer 0 has the same key everywhere, but for its rotation
     torch.testing.assert_close(k_TGD, k_TGD[:1].expand_as(k_TGD))
 
 
@@ -126,7 +128,9 @@ class Explicit:
         k_KHD = self.rope.rotate(k_LHD[index], torch.arange(count))
         logits_HCK = torch.einsum("chd,khd->hck", q_CHD, k_KHD) * self.scale
         later = torch.arange(count) > count - rows + torch.arange(rows)[:, None]
-        return torch.einsum("hck,khd->chd", logits_HCK.masked_fill(later, -torch.inf).softmax(-1), v_LHD[index])
+        return torch.einsum(
+            "hck,khd->chd", logits_HCK.masked_fill(later, -torch.inf).softmax(-1), v_LHD[index]
+        )
 
     def chosen(self, layer, q_CHD, k_LHD):
         s, length, rows = self.s, len(k_LHD), len(q_CHD)
@@ -186,7 +190,9 @@ def test_one_loud_head_changes_a_vote_by_sums_but_hardly_the_soft_vote():
     loud[0, 0] *= 10
 
     def kept(vote: str) -> float:
-        top = [token_votes(q, keys, table, 0, end, Ballot(64, vote))[0].topk(64).indices for q in (mean, loud)]
+        top = [
+            token_votes(q, keys, table, 0, end, Ballot(64, vote))[0].topk(64).indices for q in (mean, loud)
+        ]
         return float(torch.isin(top[0], top[1]).float().mean())
 
     assert kept("sum") < 0.5

@@ -101,7 +101,12 @@ def test_the_winners_are_the_reference_s(vote):
     """2,000 tokens, several units, one of which is not asked and one of which keeps what it had."""
     keys, _, table = pool(3, 4, 125, 2, 16, 32, torch.float32)
     mean = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(1))
-    length, judged, reusable, slot = ints(2000, 1500, 900, 1200), ints(1, 0, 1, 1), ints(0, 0, 1, 1), ints(2, 0, 0, 1)
+    length, judged, reusable, slot = (
+        ints(2000, 1500, 900, 1200),
+        ints(1, 0, 1, 1),
+        ints(0, 0, 1, 1),
+        ints(2, 0, 0, 1),
+    )
     local = ints(32, 0, 30, 32)
     found = []
     for choose in (token_select.token_choose, reference.token_choose):
@@ -157,13 +162,18 @@ def test_copies_are_the_chosen_tokens_at_their_ranks(shape, seed, whole):
     random = torch.Generator().manual_seed(seed)
     tokens = 5 * page
     width = max(1, tokens - 1)
-    lists = torch.stack([torch.randperm(tokens, generator=random)[:width].sort().values for _ in range(units)]).int()
+    lists = torch.stack(
+        [torch.randperm(tokens, generator=random)[:width].sort().values for _ in range(units)]
+    ).int()
     count = torch.randint(0, width + 1, (units,), generator=random).int()
     tables = turns(units, width, size if whole or size == 2 else size // 4 * 2)
     target = -(-width // page)
     copies = []
     for gather in (token_select.token_gather, reference.token_gather):
-        k, v = torch.zeros(units * target, *keys.shape[1:]).to(keys.dtype), torch.zeros_like(keys)[: units * target]
+        k, v = (
+            torch.zeros(units * target, *keys.shape[1:]).to(keys.dtype),
+            torch.zeros_like(keys)[: units * target],
+        )
         gather(lists, count, keys, values, table, tables, k, v.resize_(k.shape), target)
         copies.append((k.float(), v.float()))
     close = {"atol": 1e-5, "rtol": 1e-5} if keys.dtype is torch.float32 else {"atol": 1e-3, "rtol": 1e-2}
@@ -194,7 +204,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="count_U exceeds"):
         token_select.token_gather(ints(3)[None], ints(2), keys, values, table, tables, copy, copy.clone(), 4)
     with pytest.raises(TypeError, match="like k_NGPD"):
-        token_select.token_gather(ints(3)[None], ints(1), keys, values, table, tables, copy.bfloat16(), copy, 4)
+        token_select.token_gather(
+            ints(3)[None], ints(1), keys, values, table, tables, copy.bfloat16(), copy, 4
+        )
     for wrong in ({"vote": "loud"}, {"k": -1}, {"pool": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Ballot(**{"k": 3, **wrong})

@@ -60,7 +60,9 @@ class TokenSelect(Technique):
         description="cosine of two decoded rows' queries above which a choice is kept; > 1: never",
     )
     reuse: int | None = Field(
-        None, ge=0, description="decoded tokens after which a choice is made anew in any case; None: any number"
+        None,
+        ge=0,
+        description="decoded tokens after which a choice is made anew in any case; None: any number",
     )
     vote: Literal["soft", "sum", "topk"] = Field(
         "soft", description="sum of the heads' softmax; sum of logits or count of top k (ablations)"
@@ -204,9 +206,7 @@ class TokenSelectPolicy(AttentionPolicy):
         if step is None or layout is not step.layout:
             raise UnsupportedError("token_select cannot follow a layer hook that drops rows")
         turns = self._turns(step, layer)
-        q_THD, mean_UHD = token_turn(
-            q_THD, step.row_start_U1, step.count_U, step.judged_U, s.n_local, turns
-        )
+        q_THD, mean_UHD = token_turn(q_THD, step.row_start_U1, step.count_U, step.judged_U, s.n_local, turns)
         if step.choosing:
             hits = token_choose(
                 mean_UHD,
@@ -270,7 +270,9 @@ class TokenSelectPolicy(AttentionPolicy):
             step.turns[id(rope)] = found
         return found
 
-    def _places(self, layout: StepLayout, first_S: NDArray[np.int64], who: NDArray[np.int64]) -> NDArray[np.int32]:
+    def _places(
+        self, layout: StepLayout, first_S: NDArray[np.int64], who: NDArray[np.int64]
+    ) -> NDArray[np.int32]:
         """int32 [S]: the slots of the sequences ``who``. A sequence that was cut since its last step starts anew."""
         slot_S = np.zeros(layout.sequences, np.int32)
         for i in who.tolist():
