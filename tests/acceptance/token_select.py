@@ -1,4 +1,7 @@
-"""Acceptance of `token_select` (checks 1-4 and 6 of its specification; 5 and what takes long: `benchmarks/token_select.py`)."""
+"""Acceptance of `token_select` (checks 1-4 and 6 of its specification).
+
+Check 5, and what takes long of 4: `benchmarks/token_select.py`.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +152,7 @@ class Explicit:
 
 
 @pytest.mark.parametrize("whole_local", [True, False])
-@pytest.mark.parametrize("theta", [1.01, 0.3, -1])
+@pytest.mark.parametrize("theta", [1.01, 0.0, -1])
 def test_engine_computes_what_the_paper_says(tiny, whole_local, theta):
     """100 prompt tokens in chunks, then token by token: log-probabilities within 1e-3 of an explicit computation."""
     settings = TokenSelect(**SMALL, whole_local=whole_local, theta=theta)
@@ -174,7 +177,7 @@ def test_engine_computes_what_the_paper_says(tiny, whole_local, theta):
     assert figures["selection_hits"] == explicit.hits
     rows = 3 * 49
     assert explicit.hits == {1.01: 0, -1: rows}.get(theta, explicit.hits)
-    if theta == 0.3:
+    if theta == 0.0:
         assert 0 < explicit.hits < rows  # both ways are taken
 
 
@@ -255,7 +258,7 @@ def test_the_kv_cache_takes_no_more_memory(tiny):
     assert size[0] == size[1]
 
 
-@pytest.mark.parametrize("theta", [1.01, 0.3])
+@pytest.mark.parametrize("theta", [1.01, 0.0])
 def test_a_batch_gives_the_tokens_of_single_requests(tiny, theta):
     technique = TokenSelect(**SMALL, theta=theta)
     given = [ids(int(n), seed) for seed, n in enumerate((200, 45, 61, 130, 97))]

@@ -200,7 +200,8 @@ def token_choose(
 
     A ``reusable_U`` unit takes over what is kept in ``slot_U`` if the cosine of the two fingerprints is at least
     ``theta`` and at most ``most_apart`` tokens (-1: any number) came since; others choose, and are kept. Scores
-    equal to three digits (11 bits of the mantissa): the later token wins. Index tensors int32. Raises TypeError and ValueError as `token_votes` does.
+    equal to three digits (11 bits of the mantissa): the later token wins. Index tensors int32. Raises TypeError
+    and ValueError as `token_votes` does.
     """
     mean = _means(mean_UHD)
     pages, groups, page, kind = _pool(k_NGPD, *mean_UHD.shape[1:])

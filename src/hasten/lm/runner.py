@@ -76,7 +76,8 @@ class Runner:
         if self.policy is not None:
             if self.policy.unrotated_keys and not cache.format.plain:
                 raise UnsupportedError(
-                    f"the attention policy rotates keys as it reads them and cannot read {type(cache.format).__name__} pages"
+                    "the attention policy rotates keys as it reads them and cannot read "
+                    f"{type(cache.format).__name__} pages"
                 )
             self.policy.bind(cache.sidecars.by_name)
 
