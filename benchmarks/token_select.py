@@ -1,6 +1,7 @@
 """Speed and quality of `token_select` (acceptance 4 and 5 of its specification): `python -m benchmarks.token_select`.
 
-Every arm is a plan of its own on the same texts, with the same prompt chunks: dense attention, StreamingLLM (the first and
+Every arm is a plan of its own on the same texts, with the same prompt chunks: dense attention, StreamingLLM
+(the first and
 the last tokens, the same total budget, keys at compact positions), and token_select.
 
 ``--speed``: seconds until the first token and per further token, arms interleaved in every round; how often

@@ -103,8 +103,10 @@ class Repair:
 class CopySelection:
     """Rows read, causally, all of a copy that the policy made of the tokens it chose.
 
-    q_THD: float32, the step's queries as the copy's keys want them (rotated to other positions, say). pages: the copy, of the
-    pool's dtype. layout: which rows read which of its pages; the rows in the same order, cut as the policy likes. Layers
+    q_THD: float32, the step's queries as the copy's keys want them (rotated to other positions, say). pages:
+    the copy, of the
+    pool's dtype. layout: which rows read which of its pages; the rows in the same order, cut as the policy
+    likes. Layers
     with the same choice of lengths share one layout, so that it is planned once.
     """
 

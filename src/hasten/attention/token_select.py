@@ -3,9 +3,11 @@
 Source: Wu et al., "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic
 Token-Level KV Cache Selection", 2024, arXiv 2411.02886.
 
-Keys are cached before RoPE. Once a sequence holds more than ``n_init + k + n_local`` tokens, each chunk of prompt rows and
+Keys are cached before RoPE. Once a sequence holds more than ``n_init + k + n_local`` tokens, each chunk of
+prompt rows and
 each decoded row reads so many: the first, the ``k`` with the most votes (section 3.3) and the last; a chunk reads its
-own rows beside them. They are copied to pages of their own with the keys rotated to positions 0, 1, ... in that order and read as
+own rows beside them. They are copied to pages of their own with the keys rotated to positions 0, 1, ... in
+that order and read as
 a short sequence, so that no distance exceeds the budget however long the context is. Up to the budget all tokens are
 read that way, at their ordinary positions. All layers are treated alike; one choice serves all heads of a layer.
 
@@ -82,7 +84,8 @@ class TokenSelect(Technique):
         config = context.config
         if context.kv_dtype is torch.int8:
             raise UnsupportedError(
-                'token_select rotates cached keys as it reads them and cannot read int8 pages; set kv_dtype = "bfloat16"'
+                "token_select rotates cached keys as it reads them and cannot read int8 pages; set "
+                'kv_dtype = "bfloat16"'
             )
         if any(config.attention(layer).window is not None for layer in range(config.num_layers)):
             raise UnsupportedError(
@@ -96,7 +99,8 @@ class _Step:
     """What all layers of a step share.
 
     judged_U, reusable_U: int32 0/1, units that choose, and those that may keep an earlier choice. length_U: cached
-    tokens, local_U: how many of the last are read anyway, count_U: tokens read, table_UM: the pages they lie in. list_UW: which; a layer's choice goes in between.
+    tokens, local_U: how many of the last are read anyway, count_U: tokens read, table_UM: the pages they lie
+    in. list_UW: which; a layer's choice goes in between.
     read: the layout of the copies, ``target`` pages for each unit.
     """
 
@@ -320,7 +324,9 @@ class TokenSelectPolicy(AttentionPolicy):
 def _units(
     start_S1: NDArray[np.int64], first_S: NDArray[np.int64], chunk: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Sequence, first row and cached tokens (the unit's included) of each unit: cuts at multiples of ``chunk`` tokens."""
+    """Sequence, first row and cached tokens (the unit's included) of each unit: cuts at multiples of ``chunk``
+    tokens.
+    """
     sequence, begin, length = [], [], []
     for s, (row, stop, token) in enumerate(
         zip(start_S1[:-1].tolist(), start_S1[1:].tolist(), first_S.tolist(), strict=True)

@@ -1,8 +1,10 @@
-"""TokenSelect (Wu et al., arXiv 2411.02886): the votes of a few query rows for cached tokens, and copies with compact positions.
+"""TokenSelect (Wu et al., arXiv 2411.02886): the votes of a few query rows for cached tokens, and copies with
+compact positions.
 
 Keys lie *unrotated* in the pages. A unit is a run of consecutive query rows of one sequence; it chooses for itself.
 
-- `token_turn`: the rows rotated to where they stand behind the tokens that their unit reads, and the unit's fingerprint.
+- `token_turn`: the rows rotated to where they stand behind the tokens that their unit reads, and the unit's
+fingerprint.
 - `token_votes`: what the heads' votes for every candidate come to. `token_choose`: the winners, or those of an earlier
   unit where the two fingerprints are alike.
 - `token_gather`: copies of chosen tokens in consecutive pages, each key rotated to its rank among the chosen.
@@ -10,7 +12,8 @@ Keys lie *unrotated* in the pages. A unit is a run of consecutive query rows of 
 The candidates of a unit of ``length`` tokens, of which it reads the last ``local`` anyway, are [first, length - local).
 
 Legend: U units, T query rows, H query heads, G kv heads, D head size, F = H D, R rotated dimensions, A table rows,
-N pages, P page size, M pages of a sequence, C slots of kept choices, K chosen tokens, W longest list, Z pages of a copy.
+N pages, P page size, M pages of a sequence, C slots of kept choices, K chosen tokens, W longest list, Z pages
+of a copy.
 """
 
 from __future__ import annotations
@@ -196,7 +199,8 @@ def token_choose(
     theta: float,
     most_apart: int = -1,
 ) -> int:
-    """Write the winners of every ``judged_U`` unit, ascending, at ``list_UW[u, first : first + K]``; returns the reuses.
+    """Write the winners of every ``judged_U`` unit, ascending, at ``list_UW[u, first : first + K]``; returns
+    the reuses.
 
     A ``reusable_U`` unit takes over what is kept in ``slot_U`` if the cosine of the two fingerprints is at least
     ``theta`` and at most ``most_apart`` tokens (-1: any number) came since; others choose, and are kept. Scores
