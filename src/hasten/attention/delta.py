@@ -81,7 +81,13 @@ def selection_layers(full: Sequence[int], layers: int) -> frozenset[int]:
 def page_scores(probs_RHL: Tensor, page: int) -> Tensor:
     """Scores [R, C] of pages: the tokens' attention masses, the largest over the heads, summed by page."""
     mass_RL = probs_RHL.amax(1)
-    return pad(mass_RL, (0, -mass_RL.shape[1] % page)).unflatten(1, (-1, page)).sum(2)
+    return _by_page(mass_RL, page)
+
+
+def _by_page(mass_RL: Tensor, page: int) -> Tensor:
+    """Sums [R, C] over pages; the last page may end early."""
+    rows, length = mass_RL.shape
+    return pad(mass_RL, (0, -length % page)).view(rows, -(-length // page), page).sum(2)
 
 
 def top_pages(
@@ -175,7 +181,6 @@ def measure(context: BuildContext, settings: Delta, ids: Sequence[int], rows: in
     from hasten.attention.calibration import capture
 
     q_NTHD, k_NTGD = capture(context, ids)
-    total = -(-len(ids) // settings.page)
     row_R = torch.linspace(len(ids) // 2, len(ids) - 1, min(rows, len(ids) // 2)).long()
     pages_R = row_R // settings.page + 1
     recent = max(1, settings.recent * len(ids) // CONTEXT)
@@ -185,13 +190,13 @@ def measure(context: BuildContext, settings: Delta, ids: Sequence[int], rows: in
     mass_N, chosen_N = [], []
     for layer, (q_THD, k_TGD) in enumerate(zip(q_NTHD, k_NTGD, strict=True)):
         spec = context.config.attention(layer)
-        q_RGJD = q_THD[row_R].unflatten(1, (k_TGD.shape[1], -1))
+        groups = k_TGD.shape[1]
+        q_RGJD = q_THD[row_R].view(len(row_R), groups, -1, q_THD.shape[2])
         logit_RHT = (torch.einsum("rgjd,tgd->rgjt", q_RGJD, k_TGD) * spec.scale).flatten(1, 2)
         if spec.softcap is not None:
             logit_RHT = spec.softcap * torch.tanh(logit_RHT / spec.softcap)
         probs_RHT = logit_RHT.masked_fill(hidden_RT[:, None], float("-inf")).softmax(-1)
-        mass_RT = probs_RHT.mean(1)
-        mass_N.append(pad(mass_RT, (0, total * settings.page - len(ids))).unflatten(1, (total, -1)).sum(2))
+        mass_N.append(_by_page(probs_RHT.mean(1), settings.page))
         score_RC = page_scores(probs_RHT, settings.page)
         chosen_N.append(top_pages(score_RC, pages_R, wanted, settings.recent, keep_first=settings.keep_first))
     share = [[float(mass.gather(1, chosen).sum(1).mean()) for mass in mass_N] for chosen in chosen_N]
