@@ -1,11 +1,11 @@
 """Speed and quality of `pbs_attn` (acceptance 3-6 of its specification): `python -m benchmarks.pbs_attn --json FILE`.
 
-``--attention``: the attention of single layers over a whole prompt, on the model's own queries and keys. Dense reads everything;
-the technique chooses and reads. Same tensors, paired and interleaved (run it on a quiet machine), with density (share of
-causal blocks read), relative L1 error, and what choosing costs as a share of dense attention.
+``--attention``: the attention of single layers over a whole prompt, on the model's own queries and keys. Dense reads
+everything; the technique chooses and reads. Same tensors, paired and interleaved (run it on a quiet machine), with
+density (share of causal blocks read), relative L1 error, and what choosing costs as a share of dense attention.
 
-``--quality``: a prompt read by the technique, then the tokens that follow it read densely, against the same with a dense
-prompt: change of perplexity, mean KL divergence, density; and passkeys found.
+``--quality``: a prompt read by the technique, then the tokens that follow it read densely, against the same with a
+dense prompt: change of perplexity, mean KL divergence, density; and passkeys found.
 """
 
 from __future__ import annotations

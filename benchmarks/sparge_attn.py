@@ -1,6 +1,7 @@
 """Speed and quality of `sparge_attn` (acceptance 2, 4 and 6 of its specification): `python -m benchmarks.sparge_attn`.
 
-``--attention`` and ``--quality`` as in `benchmarks.pbs_attn`, for rounding alone, block choice with and without it, and the filter.
+``--attention`` and ``--quality`` as in `benchmarks.pbs_attn`, for rounding alone, block choice with and
+without it, and the filter.
 ``--calibration``: calibrated heads on text they have not seen: error against its bound, sparsity, by layer.
 """
 

@@ -45,8 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Engine settings that a technique's promises are made for. What pbs_attn reads of a prompt depends on the rows that come
-# in a step, so that prompts must come whole, and from their beginning, to be read the same in any company.
+# Engine settings that a technique's promises are made for. What pbs_attn reads of a prompt depends on the rows that
+# come in a step, so that prompts must come whole, and from their beginning, to be read the same in any company.
 ENGINE: dict[str, dict[str, Any]] = {"pbs_attn": {"max_step_tokens": 512, "prefix_cache": False}}
 
 

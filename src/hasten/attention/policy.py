@@ -70,8 +70,8 @@ class BlockSelection:
     """Block-sparse attention of the rows of one sequence: query blocks read the key blocks that are kept.
 
     keep_XQB: bool [X, query blocks, key blocks]; X is 1, G or H. Key block ``b`` holds ``block`` tokens from
-    ``b * block`` on. Query blocks are cut at multiples of ``query_block`` (default: ``block``) positions of the sequence;
-    block 0 is the one that the first row lies in.
+    ``b * block`` on. Query blocks are cut at multiples of ``query_block`` (default: ``block``) positions of the
+    sequence; block 0 is the one that the first row lies in.
     Rows stay causal whatever is kept; each must be left something to read.
     order_XL (optional, int32): places the cached tokens in another order before they are cut into blocks; they rise
     within a block.

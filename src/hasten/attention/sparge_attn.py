@@ -4,16 +4,17 @@ Source: Zhang et al., "SpargeAttn: Accurate and Training-free Sparse Attention A
 2025, arXiv 2502.18137; integer products from SageAttention, arXiv 2410.02367.
 
 Per head: (1) keys lose their mean over the tokens, which changes no weight of the softmax; queries and keys are rounded
-to integers per block: 8 bits in the paper, 12 here, because AVX2 multiplies 16-bit integers and the finer ones cost the
-same. (2) The mean query of a block of 128 meets the mean key of each block of 64; the softmax over a row of these scores
-says which blocks matter: the heaviest that hold ``tau`` of the mass, or a fixed share of them (``topk``). A mean says
-something only about a block whose vectors are alike (mean cosine above ``theta``): other query blocks read everything,
-other key blocks are read by everyone. (3) Exact attention over those blocks; (4) within them, a tile that lies more
-than ``skip`` (base 2) below what a group of rows has seen adds nothing and is left out.
+to integers per block: 8 bits in the paper, 12 here, because AVX2 multiplies 16-bit integers and the finer ones cost
+the same. (2) The mean query of a block of 128 meets the mean key of each block of 64; the softmax over a row of
+these scores says which blocks matter: the heaviest that hold ``tau`` of the mass, or a fixed share of them
+(``topk``). A mean says something only about a block whose vectors are alike (mean cosine above ``theta``): other
+query blocks read everything, other key blocks are read by everyone. (3) Exact attention over those blocks; (4)
+within them, a tile that lies more than ``skip`` (base 2) below what a group of rows has seen adds nothing and is
+left out.
 
 The first block is always read (``sink``): one token inside a mean is invisible, and language models lean on the first.
 Decode rows stay dense, the cache keeps its numbers. ``mode="calibrated"`` takes theta, tau and skip of every layer and
-head from an artefact (`hasten.attention.sparge_calibration`); without one, ``topk`` is the mode that holds for any head.
+head from an artefact (`hasten.attention.sparge_calibration`); without one, ``topk`` is the mode that suits any head.
 
 Blocks lie at fixed positions of a sequence, so a prompt may be read in chunks; ``topk`` counts the blocks so far.
 

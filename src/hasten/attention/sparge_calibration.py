@@ -3,12 +3,13 @@
 Source: SpargeAttn, arXiv 2502.18137, section 3.6 and its reference code. Error is relative L1 of a head,
 ``sum |O - dense| / sum |dense|``. For each input and each theta (steps of 1/16), the smallest tau with an error under
 ``l1`` is found by bisection (to 1e-3), until a larger theta leaves less than a tenth of the blocks out. Inputs are
-combined by theta: the one under which most is left out in total, and the largest tau it was given. A head that leaves out
-a tenth or less stays dense. With these, the smallest bound of the filter is sought per input (to 0.1) that stays under
-``l2`` and adds no more than ``l2 - l1``, and the largest of them taken.
+combined by theta: the one under which most is left out in total, and the largest tau it was given. A head that leaves
+out a tenth or less stays dense. With these, the smallest bound of the filter is sought per input (to 0.1) that stays
+under ``l2`` and adds no more than ``l2 - l1``, and the largest of them taken.
 
 What a query block gets from a key block is computed once per input and layer (output and mass of the pair, on every
-fourth row); any choice of blocks is then a weighted mean of those, so a bisection costs little. The filter is run as it is.
+fourth row); any choice of blocks is then a weighted mean of those, so a bisection costs little. The filter is run as
+it is.
 
 Legend: T rows, H query heads, G kv heads, D head size, Q query blocks, B key blocks, R rows that are looked at.
 """
@@ -149,7 +150,9 @@ def as_pages(k_TGD: Tensor, v_TGD: Tensor) -> Cached:
     length = k_TGD.shape[0]
     pad = -length % KEY_BLOCK
     k, v = (
-        torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, KEY_BLOCK)).transpose(1, 2)
+        torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, pad))
+        .reshape(-1, KEY_BLOCK, *x.shape[1:])
+        .transpose(1, 2)
         for x in (k_TGD, v_TGD)
     )
     return Cached(k.contiguous(), v.contiguous(), torch.arange(k.shape[0], dtype=torch.int32), length)
@@ -173,14 +176,14 @@ class Pairs:
             codes = quantise_keys(cached, center_GD, bits)
             k_GWPD = codes.code_GWD2.float().transpose(2, 3).flatten(3) * codes.scale_GW[..., None, None]
             k_HLD = k_GWPD.flatten(1, 2)[:, :length].repeat_interleave(repeat, 0)
-            q_THD = torch.cat([_rounded(part, codes.limit) for part in q_THD.split(QUERY_BLOCK)])
+            q_THD = torch.cat([_rounded(part, codes.limit) for part in torch.split(q_THD, QUERY_BLOCK)])
             scores = torch.einsum("rhd,hld->hrl", q_THD[::STRIDE], k_HLD) * scale
         scores = scores.masked_fill(hidden, -torch.inf)
         pad = blocks * KEY_BLOCK - length
         s_HRBP = torch.nn.functional.pad(scores, (0, pad), value=-torch.inf).unflatten(
             -1, (blocks, KEY_BLOCK)
         )
-        v_HBPD = torch.nn.functional.pad(v_HLD, (0, 0, 0, pad)).unflatten(1, (blocks, KEY_BLOCK))
+        v_HBPD = torch.nn.functional.pad(v_HLD, (0, 0, 0, pad)).view(heads, blocks, KEY_BLOCK, -1)
         top_HR = scores.amax(-1)
         weight_HRBP = (s_HRBP - top_HR[:, :, None, None]).exp()
         self.mass_HRB = weight_HRBP.sum(-1)
@@ -234,9 +237,11 @@ class Candidates:
             if last is not None and torch.equal(always, last):
                 continue  # no block changes sides: the same as the theta before
             last = always
-            tau_H = bisect(
-                lambda x, t=theta: pairs.error(keep(t, x)) < settings.l1, heads, 1.0, TAU_PRECISION
-            )
+
+            def accepts(tau_H: Tensor, theta: float = theta) -> Tensor:
+                return pairs.error(keep(theta, tau_H)) < settings.l1
+
+            tau_H = bisect(accepts, heads, 1.0, TAU_PRECISION)
             sparsity_H = 1 - keep(theta, tau_H).sum((1, 2)) / every
             found.append((theta, tau_H, sparsity_H))
             if bool((sparsity_H < SPARSE).all()):

@@ -12,7 +12,9 @@ from hasten.cli import common, measuring
 def compare(
     workload: Annotated[
         str,
-        typer.Argument(help="decode, prefill, long-prefill, long-decode, batch-decode, shared-prefix or edit."),
+        typer.Argument(
+            help="decode, prefill, long-prefill, long-decode, batch-decode, shared-prefix or edit."
+        ),
     ],
     use: common.Use = None,
     plan: common.PlanFile = None,

@@ -1,11 +1,12 @@
 """Attention over lists of key blocks, and what blocks are chosen by: pools, importance, an order of the keys.
 
 See native/src/kernels/block_list.cpp and block_choice.cpp; `hasten.kernels.reference.block_list` says the same in
-PyTorch. Everything here is about one sequence: its pages, and its rows in this step, which are the last of its tokens. Query
-blocks lie at multiples of their length in the sequence, so the first and the last may be partly filled.
+PyTorch. Everything here is about one sequence: its pages, and its rows in this step, which are the last of its tokens.
+Query blocks lie at multiples of their length in the sequence, so the first and the last may be partly filled.
 
 Legend: T rows, L cached tokens, H query heads, G kv heads, X heads of a choice (1, G or H), D head size, N pages, P
-page size, M pages of the sequence, Q query blocks, B key blocks, J = X Q lists, C block references, W tiles of 64 tokens.
+page size, M pages of the sequence, Q query blocks, B key blocks, J = X Q lists, C block references, W tiles
+of 64 tokens.
 """
 
 from __future__ import annotations
@@ -132,9 +133,9 @@ def attend_blocks(
     """``(out_THD, lse_TH)`` float32 of the rows, which see the tokens of their lists up to themselves.
 
     q_THD: float32, contiguous. window: a row sees its last ``window`` tokens only. floor_H: float32 or None; where it
-    is below 0, tiles that lie more than that (base 2) below what a group of the head's rows has seen are left out. codes:
-    scores are products of codes (queries are rounded alike, per query block); what is subtracted from all keys alike
-    changes no output, but ``lse`` by its score.
+    is below 0, tiles that lie more than that (base 2) below what a group of the head's rows has seen are left out.
+    codes: scores are products of codes (queries are rounded alike, per query block); what is subtracted from all
+    keys alike changes no output, but ``lse`` by its score.
 
     Raises TypeError for a wrong dtype, ValueError for lists, orders and shapes that do not fit, and for a row that is
     left nothing to read.

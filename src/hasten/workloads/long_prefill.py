@@ -16,9 +16,7 @@ STEP = 8192
 
 
 class LongPrefillOptions(LanguageOptions):
-    tokens: int | None = Field(
-        None, ge=4, description="tokens of the prompt; None: what 8192 or the model's lower limit leaves"
-    )
+    tokens: int = Field(7936, ge=4, description="tokens of the prompt")
     quality_texts: int = Field(1, ge=1, description="texts whose continuation is scored for perplexity")
     quality_tokens: int = Field(256, ge=1, description="tokens scored after the prompt of each text")
     answer_tokens: int = Field(32, ge=1, description="answer length when comparing with the reference")
@@ -46,8 +44,8 @@ class LongPrefillSession(LanguageSession[LongPrefillOptions]):
         super().__init__(plan, options)
         limit = self.llm.engine.context
         longest = max(options.quality_tokens, options.answer_tokens)
-        self.tokens = options.tokens or min(8192, limit) - longest
-        if not 4 <= self.tokens <= limit - longest:
+        self.tokens = options.tokens
+        if self.tokens + longest > limit:
             raise SettingError(
                 f"long-prefill: a prompt of {self.tokens} tokens and {longest} more (quality_tokens, answer_tokens) do "
                 f"not fit the model's {limit}"
