@@ -180,9 +180,8 @@ class Pairs:
             scores = torch.einsum("rhd,hld->hrl", q_THD[::STRIDE], k_HLD) * scale
         scores = scores.masked_fill(hidden, -torch.inf)
         pad = blocks * KEY_BLOCK - length
-        s_HRBP = torch.nn.functional.pad(scores, (0, pad), value=-torch.inf).unflatten(
-            -1, (blocks, KEY_BLOCK)
-        )
+        s_HRBP = torch.nn.functional.pad(scores, (0, pad), value=-torch.inf)
+        s_HRBP = s_HRBP.reshape(heads, -1, blocks, KEY_BLOCK)
         v_HBPD = torch.nn.functional.pad(v_HLD, (0, 0, 0, pad)).view(heads, blocks, KEY_BLOCK, -1)
         top_HR = scores.amax(-1)
         weight_HRBP = (s_HRBP - top_HR[:, :, None, None]).exp()
