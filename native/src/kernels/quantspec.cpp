@@ -326,10 +326,13 @@ void run_planes(const Work& w, const Task& t) {
       const std::size_t from = at * p.key_bytes() + static_cast<std::size_t>(b) * D * kBlock;
       weigh_blocks<Full>(p.ku + from, p.kl + from, D, &s.coef[static_cast<std::size_t>(q0) * D], D, active,
                          s.codes.data(), s.sums.data());
-      for (int i = 0; i < active; ++i)
-        for (int j = 0; j < kLanes; ++j)
-          s.score[static_cast<std::size_t>(q0 + i) * padded + b * kLanes + j] =
-              capped(s.sums[i * kLanes + j] + s.base[q0 + i], w.softcap);
+      for (int i = 0; i < active; ++i) {
+        float* to = &s.score[static_cast<std::size_t>(q0 + i) * padded + b * kLanes];
+        const vf zero = vf::set(s.base[q0 + i]);
+        for (int j = 0; j < kLanes; j += vf::width) (vf::load(&s.sums[i * kLanes + j]) + zero).store(to + j);
+        if (w.softcap > 0)
+          for (int j = 0; j < kLanes; ++j) to[j] = capped(to[j], w.softcap);
+      }
     }
     for (int i = q0; i < queries; ++i) {
       float* x = &s.score[static_cast<std::size_t>(i) * padded];
@@ -347,7 +350,9 @@ void run_planes(const Work& w, const Task& t) {
                          s.codes.data(), s.sums.data());
       for (int i = 0; i < active; ++i) {
         float* out = &s.out[static_cast<std::size_t>(q0 + i) * D + c * kLanes];
-        for (int j = 0; j < kLanes; ++j) out[j] += s.sums[i * kLanes + j] + s.base[q0 + i];
+        const vf zero = vf::set(s.base[q0 + i]);
+        for (int j = 0; j < kLanes; j += vf::width)
+          (vf::load(out + j) + (vf::load(&s.sums[i * kLanes + j]) + zero)).store(out + j);
       }
     }
   }
