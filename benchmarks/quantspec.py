@@ -162,7 +162,7 @@ def decode(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     seconds[name].append((done.timing.total - done.timing.first_token) / (args.tokens - 1))
                 answers[name] = tuple(done.token_ids)
         for name, llm in engines.items():
-            cache, drafter, done = llm.engine.cache, llm.engine.parts.drafter, llm.engine.speculation
+            cache, drafter, total = llm.engine.cache, llm.engine.parts.drafter, llm.engine.speculation
             record: dict[str, Any] = {
                 "context": context,
                 "arm": name,
@@ -173,11 +173,11 @@ def decode(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if name != args.arms[0]:
                 pairs = zip(seconds[args.arms[0]], seconds[name], strict=True)
                 record["ratio"] = median_interval([a / b for a, b in pairs]).to_dict()
-            if done.rounds:
+            if total.rounds:
                 record |= {
-                    "acceptance": done.accepted / done.drafted,
-                    "tokens_per_round": done.accepted / done.rounds + 1,
-                    "draft_seconds_per_round": drafter.seconds / done.rounds,  # type: ignore[union-attr]
+                    "acceptance": total.accepted / total.drafted,
+                    "tokens_per_round": total.accepted / total.rounds + 1,
+                    "draft_seconds_per_round": drafter.seconds / total.rounds,  # type: ignore[union-attr]
                 }
             yield record
             llm.close()
@@ -205,7 +205,7 @@ def identity(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
             params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, logprobs=2)
             top = own.generate([[*prompt, *b[:at]]], params)[0].samples[0].logprobs[0].top
-            values = sorted((entry[1] for entry in top), reverse=True)
+            values = sorted(top.values(), reverse=True)
             record |= {"first_difference": at, "gap": values[0] - values[1] if len(values) > 1 else math.nan}
         yield record
 
