@@ -168,7 +168,7 @@ def decode(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "arm": name,
                 "ms_per_token": 1e3 * sorted(seconds[name])[len(seconds[name]) // 2],
                 "page_bytes_per_token": cache.page_bytes / cache.page_size,
-                "equals_B": answers[name] == answers.get("B"),
+                "equals_B": answers[name] == answers["B"] if "B" in answers else None,
             }
             if name != args.arms[0]:
                 pairs = zip(seconds[args.arms[0]], seconds[name], strict=True)
