@@ -166,8 +166,9 @@ def _counts(texts: Sequence[str]) -> Any:
 
 
 def _unit(vector_NE: Any) -> NDArray[np.float32]:
-    dense = np.ascontiguousarray(vector_NE, dtype=np.float32)
-    return dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-12)
+    dense: NDArray[np.float32] = np.array(vector_NE, dtype=np.float32, order="C")
+    dense /= np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-12)
+    return dense
 
 
 class IndexSearch(StagedSearch):

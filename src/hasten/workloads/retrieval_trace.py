@@ -34,8 +34,9 @@ def popularity(count: int, top: float = 0.03, share: float = 0.6) -> NDArray[np.
     rank_N = np.arange(1, count + 1, dtype=np.float64)
 
     def weights(exponent: float) -> NDArray[np.float64]:
-        w_N = rank_N**-exponent
-        return w_N / w_N.sum()
+        w_N: NDArray[np.float64] = rank_N**-exponent
+        w_N /= w_N.sum()
+        return w_N
 
     low, high = 0.0, 8.0
     if not weights(low)[:first].sum() <= share <= weights(high)[:first].sum():

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Policy = Literal["pgdsf", "gdsf", "lru", "lfu"]
-FAST, HOST = 0, 1
 Tier = Literal[0, 1]
+FAST: Tier = 0
+HOST: Tier = 1
 
 
 @dataclass(eq=False, slots=True)

@@ -20,10 +20,13 @@ from hasten.core.technique import Technique
 from hasten.kernels.native import level
 from hasten.lm.context.transform import Prompt, PromptTransform
 from hasten.lm.kvcache import prefill_cost
+from hasten.lm.kvcache.format import KVFormat
 from hasten.lm.kvcache.host_tier import HostTier
 from hasten.lm.kvcache.knowledge_tree import FAST, HOST, KnowledgeTree, Node, Policy
+from hasten.lm.kvcache.pages import PagePool
 from hasten.lm.kvcache.prefill_cost import PrefillCost
 from hasten.lm.kvcache.prefix import PrefixStore
+from hasten.lm.kvcache.sidecar import Sidecars
 from hasten.models.context import BuildContext
 from hasten.models.tokenizer import Tokenizer
 
@@ -80,7 +83,8 @@ class DocumentEnds(PromptTransform):
     def on_tokens(self, prompt: Prompt) -> Prompt:
         if prompt.segments or not prompt.contexts or prompt.text is None:
             return prompt
-        places, at = [], 0
+        places: list[int] = []
+        at = 0
         for part in prompt.contexts:
             found = prompt.text.find(part, at)
             if found < 0:
@@ -123,7 +127,9 @@ class KnowledgeStore(PrefixStore):
         s = self.settings
         return KnowledgeTree(s.policy, s.frequency_window, lambda a, b: self.cost(a, b), s.history)
 
-    def bind(self, pool: Any, format: Any, page_size: int, sidecars: Any = None) -> None:
+    def bind(
+        self, pool: PagePool, format: KVFormat, page_size: int, sidecars: Sidecars | None = None
+    ) -> None:
         """Raises `UnsupportedError` if the format's pages cannot leave the pool, `SettingError` for a bad host tier."""
         super().bind(pool, format, page_size, sidecars)
         if self.settings.host_mb > 0:
