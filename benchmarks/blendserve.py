@@ -86,9 +86,10 @@ def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def schedulers() -> dict[str, Scheduler]:
     """A fresh scheduler of each kind; those with rates get the simulation's."""
     store = ArtefactStore(Path("unused"), "simulated")
-    found: dict[str, Scheduler] = {"fcfs": ContinuousBatching()}
-    for order in ("dfs", "random", "shortest", "longest"):
+    found: dict[str, Scheduler] = {"dfs": FixedOrder(OfflineOrder())}  # first: it sets the optimum
+    for order in ("random", "shortest", "longest"):
         found[order] = FixedOrder(OfflineOrder(order=order))
+    found["fcfs"] = ContinuousBatching()
     for lengths in ("sampled", "limit"):
         scanner = DualScanner(BlendServe(lengths=lengths), store)
         scanner.rates = RATES
