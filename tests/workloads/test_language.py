@@ -110,6 +110,7 @@ UNITS = {
     "edit": 2 * 5,
     "trace": 1,
     "retrieval": 3,  # requests
+    "offload-decode": 5,
 }
 # Jobs whose quality is a share of tokens, not a perplexity.
 SHARES = ("edit", "trace", "offline", "retrieval")
