@@ -1,8 +1,8 @@
 """Speed and quality of `t_man`: `python -m benchmarks.t_man --parts layers quality --json FILE`.
 
-``layers``: one layer's product by table look-up (int16 and int8 tables) and by the two-level table dequantisation, against
-the engine's kernels on the same codes (``affine``: int16 activations where they exist, ``float32``), dequantising every call
-to float32 and multiplying (``dequantised``, the paper's baseline) and pre-packed bfloat16. Paired, interleaved.
+``layers``: one layer's product by table look-up (int16 and int8 tables) against dequantising every call and multiplying
+(``tables, dense``: the path for many rows, and the paper's baseline at one), the engine's kernels on the same codes
+(``affine``: int16 activations where they exist, ``float32``) and pre-packed bfloat16. Paired, interleaved.
 
 ``quality``: perplexity of GPTQ at 3 and 2 bits on planes, for both tables, over the unquantised model's, through the
 decode path; and of the same codes on the engine's float32 kernels, which shows what the tables alone cost.
@@ -59,7 +59,6 @@ def arms_of(outputs: int, inputs: int, bits: int, group: int) -> dict[str, Calla
         "as chosen": wide,
         "affine": rounded,
         "affine float32": exact,
-        "dequantised": lambda x: x @ wide.dequantize().t(),
         "bfloat16": bf16,
     }
 
@@ -85,7 +84,7 @@ def layers(options: argparse.Namespace) -> dict[str, Any]:
                     "speed_over": {
                         arm: median_interval([b / a for a, b in zip(ours, values, strict=True)]).to_dict()
                         for arm, values in seconds.items()
-                        if arm in ("affine", "affine float32", "dequantised", "bfloat16")
+                        if arm in ("affine", "affine float32", "tables, dense", "bfloat16")
                     },
                 }
                 out[f"{name} {bits} bits {rows} rows"] = row
