@@ -8,7 +8,9 @@ cache.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from hasten.core.plan import Plan
 from hasten.weights.endor import StreamedLinear
@@ -18,12 +20,14 @@ from hasten.workloads.workload import Session
 
 
 class OffloadOptions(DecodeOptions):
-    prompt_tokens: tuple[int, ...] = (64,)
-    tokens: int = 16
-    quality_texts: int = 2
-    quality_context: int = 32
-    quality_tokens: int = 32
-    reference: bool = False
+    prompt_tokens: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (64,), min_length=1, description="lengths of the prompts, answered one after another"
+    )
+    tokens: int = Field(16, ge=2, description="tokens to generate for each prompt")
+    quality_texts: int = Field(2, ge=1, description="texts scored for perplexity")
+    quality_context: int = Field(32, ge=1, description="tokens before the first scored one of each text")
+    quality_tokens: int = Field(32, ge=1, description="scored tokens of each text")
+    reference: bool = Field(False, description="compare greedy answers with the float32 model's, as a fact")
 
 
 class OffloadDecode(Decode):
