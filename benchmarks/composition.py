@@ -63,7 +63,7 @@ class Outcome:
 
 
 def built() -> list[str]:
-    """Slugs of the language-model systems that have code, in catalogue order, and of the drafter that needs no model."""
+    """Slugs of the language-model systems that have code, in catalogue order, and the drafter without a model."""
     records = (*loader.records().values(), loader.record("prompt_lookup"))
     return [
         r.slug

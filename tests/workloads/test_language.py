@@ -68,7 +68,6 @@ SMALL = {
 }
 
 
-
 @pytest.fixture(params=sorted(SMALL))
 def job(request):
     if request.param == "retrieval":

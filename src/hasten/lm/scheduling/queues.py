@@ -40,7 +40,7 @@ class QueueScheduler(Scheduler):
 
     @property
     def repairs(self) -> bool:
-        # Running sequences get their rows from `grow`; a subclass with a ``schedule`` of its own may know nothing of it.
+        # Running sequences get their rows from `grow`; a subclass with its own ``schedule`` may know nothing of it.
         return type(self).schedule is QueueScheduler.schedule
 
     def bind(self, cache: KVCache, settings: EngineSettings) -> None:
@@ -166,7 +166,9 @@ class QueueScheduler(Scheduler):
         opened = sequence.kv is None
         if sequence.kv is None:
             tokens = sequence.token_ids if sequence.request.plain else ()
-            sequence.kv = self.cache.open(sequence.id, tokens, sequence.segments, sequence.request.prompt.states)
+            sequence.kv = self.cache.open(
+                sequence.id, tokens, sequence.segments, sequence.request.prompt.states
+            )
         start = sequence.computed
         # A page more than the tokens need: who was preempted should not be so again at once.
         ahead = min(len(sequence.token_ids) + self.cache.page_size, self.cache.context)
