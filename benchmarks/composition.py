@@ -42,12 +42,17 @@ GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, log
 # What makes a technique act on prompts of a few hundred tokens, or calibrate quickly.
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamas": {"budget": 32},
+    "delta": {"pages": 6, "recent": 2, "full": (0, 1, 10, 20)},
     "flash_attention": {"min_rows": 2},
     "flash_attention2": {"min_rows": 2},
     "gptq": {"samples": 4, "sample_length": 128},
     "marlin": {"samples": 4, "sample_length": 128},
     "quik": {"samples": 4, "sample_length": 128},
+    "endor": {"samples": 4, "sample_length": 128},
+    "quantspec": {"group": 32, "draft_tokens": 2},
+    "resa": {"min_blocks": 4, "every": 4},
     "sleb": {"remove": 1, "samples": 2, "sample_length": 64},
+    "token_select": {"n_init": 16, "n_local": 64, "k": 64, "chunk": 64},
 }
 
 

@@ -284,7 +284,7 @@ class DualScanner(OfflineScheduler):
             sequence = self.job[self._order[end]]
             if sequence.request.plain:
                 whole = (len(sequence.token_ids) - 1) // size * size
-                pages = self.cache.store.match(sequence.token_ids[:whole])
+                pages = self.cache.store.match(sequence.token_ids[:whole], sequence.segments)
                 self.cache.pool.retain(pages)
                 self._pins += pages
 
