@@ -170,7 +170,7 @@ def answer_logprobs(engine: Engine, given: Given, answer: Sequence[int]) -> Tens
     if prompt.position_ids is not None:
         after = max(prompt.position_ids) + 1
         places = [*prompt.position_ids, *range(after, after + len(answer) - 1)]
-    kv = cache.open(engine.new_id(), (), prompt.states)
+    kv = cache.open(engine.new_id(), states=prompt.states)
     try:
         begin, rows = kv.length, engine.settings.max_step_tokens
         if not cache.reserve(kv, begin, len(ids)):

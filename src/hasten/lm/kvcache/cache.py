@@ -130,6 +130,7 @@ class KVCache:
         self,
         sequence_id: int,
         token_ids: Sequence[int] = (),
+        *,
         segments: Sequence[int] = (),
         states: States | None = None,
     ) -> SequenceKV:

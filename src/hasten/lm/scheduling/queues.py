@@ -167,7 +167,7 @@ class QueueScheduler(Scheduler):
         if sequence.kv is None:
             tokens = sequence.token_ids if sequence.request.plain else ()
             sequence.kv = self.cache.open(
-                sequence.id, tokens, sequence.segments, sequence.request.prompt.states
+                sequence.id, tokens, segments=sequence.segments, states=sequence.request.prompt.states
             )
         start = sequence.computed
         # A page more than the tokens need: who was preempted should not be so again at once.
@@ -183,6 +183,8 @@ class QueueScheduler(Scheduler):
             sequence.request.ledger.cached += min(start, sequence.prompt_length)
         self.cache.attach(sequence.kv)
         self.unqueue(sequence)
+        if self._arrangement is not None:
+            self._arrangement.admitted(sequence, self._waiting)
         self._run(sequence)
         step.give(sequence, start, count)
         return True
