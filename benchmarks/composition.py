@@ -49,6 +49,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "marlin": {"samples": 4, "sample_length": 128},
     "quik": {"samples": 4, "sample_length": 128},
     "endor": {"samples": 4, "sample_length": 128},
+    "prompt_lookup": {
+        "adaptive": False
+    },  # else lengths follow the clock, and lossy attention follows the lengths
     "quantspec": {"group": 32, "draft_tokens": 2},
     "resa": {"min_blocks": 4, "every": 4},
     "sleb": {"remove": 1, "samples": 2, "sample_length": 64},

@@ -33,6 +33,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "resa": {"block": 4, "min_blocks": 2, "every": 4},
     "token_select": {"n_init": 4, "n_local": 8, "k": 12, "chunk": 8},
     "quantspec": {"group": 4, "draft_tokens": 2, "draft_weights": "rtn", "weight_group": 32},
+    # Adaptive lengths follow the clock. A lossy attention policy reads verified guesses otherwise than decoded tokens,
+    # so that answers beside one would follow it too.
+    "prompt_lookup": {"adaptive": False},
     "sleb": {"remove": 1, "samples": 2, "sample_length": 32},
     "marlin": {"group_size": 32, "samples": 4, "sample_length": 64},
     # min_rows: by default the rows of a call decide whether they are rounded. 8 bits: a step of 4 bits, taken when
