@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.hydragen import decode_layout, random_pages
+from benchmarks.recording import record, recording
 from hasten.attention.adamas import SIDECAR, Adamas, AdamasPolicy
 from hasten.attention.dense import DenseKernel
 from hasten.attention.layout import AttentionSpec, HeadShape, KVPages, StepLayout
@@ -38,7 +39,7 @@ from hasten.kernels import codes
 from hasten.lm.build import Loaded, load
 from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import SequenceKV
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.text import Text
 
@@ -286,28 +287,19 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.attention or args.quality):
         parser.error("nothing to measure: give --attention, --quality or both")
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    if args.attention:
-        result["attention"] = []
-        for select in SELECT:
-            for context in args.context:
-                for budget in args.budget or [256]:
-                    with torch.inference_mode():
-                        case = attention_case(select, context, budget, args.rounds)
-                    result["attention"].append(case)
-                    print(json.dumps(case), flush=True)
-    if args.quality:
-        args.budget = args.budget or [64, 128, 256, 512]
-        result["quality"] = []
-        for record in quality(args):
-            result["quality"].append(record)
-            print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        if args.attention:
+            result["attention"] = []
+            for select in SELECT:
+                for context in args.context:
+                    for budget in args.budget or [256]:
+                        with torch.inference_mode():
+                            case = attention_case(select, context, budget, args.rounds)
+                        result["attention"].append(case)
+                        print(json.dumps(case), flush=True)
+        if args.quality:
+            args.budget = args.budget or [64, 128, 256, 512]
+            record(result, "quality", quality(args))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from benchmarks.recording import record, recording
 from hasten.core.plan import Plan
 from hasten.lm.context.ape import APE, ParallelContexts
 from hasten.lm.llm import LLM
 from hasten.lm.scoring import answer_logprobs
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.corpus import Split
 from hasten.workloads.document_qa import Passage, Question, library, question
@@ -203,26 +203,17 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.speed or args.quality or args.long):
         parser.error("nothing to measure: give --speed, --quality or --long")
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    if args.speed:
-        result["speed"] = []
-        for dtype in args.dtype:
-            result["speed"].append(speed(args, dtype))
-            print(json.dumps(result["speed"][-1]), flush=True)
-    if args.quality:
-        result["quality"] = []
-        for record in quality(args):
-            result["quality"].append(record)
-            print(json.dumps(record), flush=True)
-    if args.long:
-        result["long"] = beyond(args)
-        print(json.dumps(result["long"]), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        if args.speed:
+            result["speed"] = []
+            for dtype in args.dtype:
+                result["speed"].append(speed(args, dtype))
+                print(json.dumps(result["speed"][-1]), flush=True)
+        if args.quality:
+            record(result, "quality", quality(args))
+        if args.long:
+            result["long"] = beyond(args)
+            print(json.dumps(result["long"]), flush=True)
 
 
 if __name__ == "__main__":

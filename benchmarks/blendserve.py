@@ -18,7 +18,6 @@ here (specification, "Faithful evaluation").
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.recording import chosen, record, recording
 from hasten import workloads
 from hasten.core.artefact import ArtefactStore
 from hasten.core.plan import Plan
@@ -44,7 +44,7 @@ from hasten.lm.scheduling.resources import Rates
 from hasten.lm.scheduling.scheduler import Scheduler
 from hasten.lm.scheduling.simulator import Asked, Simulated, Simulator
 from hasten.lm.settings import EngineSettings
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.interleave import measure_pairs, warm_up
 from hasten.measure.statistics import Stopping
 from hasten.workloads.mixes import Kind, job, synthetic
@@ -166,6 +166,7 @@ def _stream(started: Event, stop: Event, cpu: int) -> None:
     """Read memory on one core until told to stop."""
     os.sched_setaffinity(0, {cpu})
     torch.set_num_threads(1)
+    read_bandwidth(1)  # allocates what is read
     started.set()
     while not stop.is_set():
         read_bandwidth(1)
@@ -198,7 +199,6 @@ def interference(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         reader = context.Process(target=_stream, args=(started, stop, cpus[1]))
         reader.start()
         started.wait()
-        time.sleep(0.5)  # its memory is allocated
         beside.append(_multiply(0.5))
         stop.set()
         reader.join()
@@ -224,21 +224,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10, help="most pairs of runs")
     parser.add_argument("--threads", type=int, default=len(usable_cpus()))
     args = parser.parse_args()
-    chosen = {name: part for name, part in parts.items() if getattr(args, name)}
-    if not chosen:
-        parser.error("nothing to measure: give " + ", ".join(f"--{name}" for name in parts))
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).to_dict()}
-    for name, part in chosen.items():
-        result[name] = []
-        for record in part(args):
-            result[name].append(record)
-            print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    parts = chosen(parser, args, parts)
+    with recording(args.threads, args.json) as result:
+        for name, part in parts.items():
+            record(result, name, part(args))
 
 
 if __name__ == "__main__":

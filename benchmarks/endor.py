@@ -12,7 +12,6 @@ of the streamed bytes. One row of input per layer, so that computing is a decode
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,10 +20,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.recording import recording
 from hasten.kernels import available_levels
 from hasten.kernels.endor import compress, expand
 from hasten.kernels.native import _module
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.weights.layer_file import LayerFile, buffer, write_layers
 from hasten.weights.weight_store import WeightStore
@@ -152,28 +151,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary folder")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(1, usable_cpus()).to_dict(), "link": options.link}
-    if "decompress" in options.parts:
-        result["decompress"] = decompress(options)
-    with tempfile.TemporaryDirectory(prefix="hasten-endor-", dir=options.folder) as name:
-        folder = Path(name)
-        if options.parts != ["decompress"]:
-            for sparsity in {0.5, *options.sparsity}:
-                for form in ("dense", "bitmap"):
-                    (folder / f"{form}-{sparsity}").mkdir()
-                    write_layers(
-                        folder / f"{form}-{sparsity}", weights(options.layers, sparsity), form == "bitmap"
-                    )
-        if "disk" in options.parts:
-            result["disk"] = disk(folder)
-        if "stream" in options.parts:
-            result["stream"] = stream(options, folder)
-    result["busy"] = monitor.stop().to_dict()
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(1, options.json) as result:
+        result |= {"link": options.link}
+        if "decompress" in options.parts:
+            result["decompress"] = decompress(options)
+        with tempfile.TemporaryDirectory(prefix="hasten-endor-", dir=options.folder) as name:
+            folder = Path(name)
+            if options.parts != ["decompress"]:
+                for sparsity in {0.5, *options.sparsity}:
+                    for form in ("dense", "bitmap"):
+                        (folder / f"{form}-{sparsity}").mkdir()
+                        write_layers(
+                            folder / f"{form}-{sparsity}", weights(options.layers, sparsity), form == "bitmap"
+                        )
+            if "disk" in options.parts:
+                result["disk"] = disk(folder)
+            if "stream" in options.parts:
+                result["stream"] = stream(options, folder)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,11 @@ same for all arms), then 2, 4 or 6 tokens per second.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.recording import chosen, record, recording
 from hasten import workloads
 from hasten.core.plan import Plan
 from hasten.core.technique import Technique
@@ -31,7 +29,7 @@ from hasten.lm.scheduling.fastgen import FastGen
 from hasten.lm.scheduling.latency import measure_curve
 from hasten.lm.scheduling.rivals import Orca, PrefillFirst, StaticBatch
 from hasten.lm.scheduling.scheduler import Work
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.trace import RATES, TraceSession, unloaded_rate
 
@@ -196,24 +194,13 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=len(usable_cpus()))
     args = parser.parse_args()
-    chosen = {name: part for name, part in parts.items() if getattr(args, name)}
-    if not chosen:
-        parser.error("nothing to measure: give " + ", ".join(f"--{name}" for name in parts))
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {
-        "machine": machine(args.threads, usable_cpus()).to_dict(),
-        "options": {key: value for key, value in vars(args).items() if key != "json"},
-    }
-    for name, part in chosen.items():
-        result[name] = []
-        for record in part(args):
-            result[name].append(record)
-            print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    parts = chosen(parser, args, parts)
+    with recording(args.threads, args.json) as result:
+        result |= {
+            "options": {key: value for key, value in vars(args).items() if key != "json"},
+        }
+        for name, part in parts.items():
+            record(result, name, part(args))
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from benchmarks.hydragen import gemm_rate, rounds_of
+from benchmarks.recording import recording
 from hasten.attention.flash_attention import flash_attention
 from hasten.attention.flash_attention2 import flash_attention2
 from hasten.kernels.flash_terms import VERSION_1, VERSION_2
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 
 Attention = Callable[..., Tensor]
@@ -328,24 +329,19 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=8.0, help="leave out arms whose scores take more")
     args = parser.parse_args()
     args.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    peak = gemm_rate(args.rounds)
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__, "gemm_flops": peak}
-    if "attention" in args.parts:
-        result["attention"] = attention_cases(args, peak)
-    if "heads" in args.parts:
-        result["heads"] = head_cases(args, peak)
-    if "ablation" in args.parts:
-        result["ablation"] = ablation_cases(args, peak)
-    if "sparse" in args.parts:
-        result["sparse"] = sparse_cases(args)
-    if "training" in args.parts:
-        result["training"] = training_cases(args)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        peak = gemm_rate(args.rounds)
+        result |= {"gemm_flops": peak}
+        if "attention" in args.parts:
+            result["attention"] = attention_cases(args, peak)
+        if "heads" in args.parts:
+            result["heads"] = head_cases(args, peak)
+        if "ablation" in args.parts:
+            result["ablation"] = ablation_cases(args, peak)
+        if "sparse" in args.parts:
+            result["sparse"] = sparse_cases(args)
+        if "training" in args.parts:
+            result["training"] = training_cases(args)
 
 
 if __name__ == "__main__":

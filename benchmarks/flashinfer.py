@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.flashinfer_arms import GatherSDPA, Static, Streaming, per_layer, random_pool
 from benchmarks.hydragen import DTYPES, SHAPES, NoAttention, rounds_of
+from benchmarks.recording import recording
 from hasten.attention.dense import DenseKernel
 from hasten.attention.flashinfer import FlashInfer, FlashInferKernel
 from hasten.attention.kernel import AttentionKernel
@@ -46,7 +47,7 @@ from hasten.lm.kvcache.prefix import NoPrefixStore
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
 from hasten.lm.runner import Runner
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 
 CASES = ("attention", "packing", "plan", "serving", "streaming", "generation")
@@ -397,37 +398,31 @@ def main() -> None:
     )
     parser.add_argument("--calibrate", action="store_true", help="measure the cost model's constants instead")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    report: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    dtype = DTYPES[args.dtype]
-    with torch.inference_mode():
-        if args.calibrate:
-            report["costs"] = calibrate(args.rounds)
-            args.cases = []
-        loaded = (
-            load(Plan(args.model, dtype=args.weights)) if {"plan", "generation"} & {*args.cases} else None
-        )
-        for case in args.cases:
-            if case == "attention":
-                report[case] = attention(dtype, args.rounds)
-            elif case == "packing":
-                report[case] = packing(dtype, args.rounds)
-            elif case == "plan":
-                report[case] = plan(loaded, dtype, args.rounds)
-            elif case == "serving":
-                report[case] = serving(
-                    args.model, args.weights, max(6, args.rounds // 2), args.requests, args.longest
-                )
-            elif case == "streaming":
-                report[case] = streaming(dtype, args.rounds)
-            else:
-                report["generation_attention"] = generation_attention(dtype, args.rounds)
-                report[case] = generation(loaded, dtype, args.rounds)
-    report["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as report:
+        dtype = DTYPES[args.dtype]
+        with torch.inference_mode():
+            if args.calibrate:
+                report["costs"] = calibrate(args.rounds)
+                args.cases = []
+            loaded = (
+                load(Plan(args.model, dtype=args.weights)) if {"plan", "generation"} & {*args.cases} else None
+            )
+            for case in args.cases:
+                if case == "attention":
+                    report[case] = attention(dtype, args.rounds)
+                elif case == "packing":
+                    report[case] = packing(dtype, args.rounds)
+                elif case == "plan":
+                    report[case] = plan(loaded, dtype, args.rounds)
+                elif case == "serving":
+                    report[case] = serving(
+                        args.model, args.weights, max(6, args.rounds // 2), args.requests, args.longest
+                    )
+                elif case == "streaming":
+                    report[case] = streaming(dtype, args.rounds)
+                else:
+                    report["generation_attention"] = generation_attention(dtype, args.rounds)
+                    report[case] = generation(loaded, dtype, args.rounds)
 
 
 if __name__ == "__main__":

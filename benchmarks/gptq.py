@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.recording import recording
 from hasten.core.artefact import ArtefactStore
 from hasten.core.corpus import corpus
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.models.checkpoint import LinearSource, load_decoder, open_checkpoint
 from hasten.models.context import BuildContext
 from hasten.models.decoder import Decoder
@@ -210,32 +211,26 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="print error and time of every linear")
     parser.add_argument("--threads", type=int, default=len(usable_cpus()))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    checkpoint = open_checkpoint(resolve(args.model))
-    context = BuildContext.of(checkpoint, Path("unused"))
-    reference = make_reference(context, args.held_out, 512)
-    result: dict[str, Any] = {
-        "machine": machine(args.threads, usable_cpus()).to_dict(),
-        "model": args.model,
-        "held_out_tokens": reference.token_ids_NL.numel(),
-        "reference_perplexity": reference.perplexity,
-        "dense_bytes_per_token": dense_bytes(context),
-        "cases": {},
-    }
-    common = {"samples": args.samples, "sample_length": args.sample_length, "quantize_head": args.head}
-    for name in args.cases:
-        row = case(context, GPTQ(**common, **CASES[name]), reference)
-        result["cases"][name] = row
-        brief = {k: row[k] for k in ("gptq", "rounding", "quantisation_seconds")}
-        print(json.dumps({"case": name, **brief}), flush=True)
-        if args.layers:
-            Console(width=120).print(layer_table(name, row["layers"]["each"]))
-    result["busy"] = monitor.stop().to_dict()
+    with recording(args.threads, args.json) as result:
+        checkpoint = open_checkpoint(resolve(args.model))
+        context = BuildContext.of(checkpoint, Path("unused"))
+        reference = make_reference(context, args.held_out, 512)
+        result |= {
+            "model": args.model,
+            "held_out_tokens": reference.token_ids_NL.numel(),
+            "reference_perplexity": reference.perplexity,
+            "dense_bytes_per_token": dense_bytes(context),
+            "cases": {},
+        }
+        common = {"samples": args.samples, "sample_length": args.sample_length, "quantize_head": args.head}
+        for name in args.cases:
+            row = case(context, GPTQ(**common, **CASES[name]), reference)
+            result["cases"][name] = row
+            brief = {k: row[k] for k in ("gptq", "rounding", "quantisation_seconds")}
+            print(json.dumps({"case": name, **brief}), flush=True)
+            if args.layers:
+                Console(width=120).print(layer_table(name, row["layers"]["each"]))
     Console(width=120).print(table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

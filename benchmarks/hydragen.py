@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.recording import recording
 from hasten.attention.dense import DenseKernel
 from hasten.attention.hydragen import Hydragen, HydragenKernel
 from hasten.attention.kernel import AttentionKernel
@@ -37,7 +38,7 @@ from hasten.lm.kvcache.cache import KVCache
 from hasten.lm.kvcache.format import PlainKV
 from hasten.lm.kvcache.prefix import NoPrefixStore
 from hasten.lm.runner import Runner
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 
 PAGE = 32
@@ -224,39 +225,33 @@ def main() -> None:
         "--memory-gb", type=float, default=8.0, help="skip cases whose duplicated cache is larger"
     )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {
-        "machine": machine(args.threads, usable_cpus()).__dict__,
-        "gemm_flops": gemm_rate(args.rounds),
-        "attention": [],
-        "steps": [],
-    }
-    for dtype_name in args.dtype:
-        dtype = DTYPES[dtype_name]
-        for shape_name, shape in SHAPES.items():
-            for batch in args.batch:
-                for prefix in args.prefix:
-                    with torch.inference_mode():
-                        case = attention_case(shape, dtype, batch, prefix, args.rounds)
-                    result["attention"].append({"shape": shape_name, "dtype": dtype_name, **case})
-                    print(json.dumps(result["attention"][-1]), flush=True)
-        if args.steps:
-            loaded = load(Plan(args.model, dtype=args.weights or dtype_name))
-            config = loaded.decoder.config
-            per_token = 2 * config.num_layers * config.shape.kv_heads * config.shape.size * dtype.itemsize
-            for batch in args.batch:
-                for prefix in args.prefix:
-                    if batch * (prefix + SUFFIX) * per_token > args.memory_gb * 1e9:
-                        print(json.dumps({"skipped": [batch, prefix], "why": "--memory-gb"}), flush=True)
-                        continue
-                    case = step_case(loaded, dtype, batch, prefix, args.rounds)
-                    result["steps"].append({"model": args.model, "dtype": dtype_name, **case})
-                    print(json.dumps(result["steps"][-1]), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        result |= {
+            "gemm_flops": gemm_rate(args.rounds),
+            "attention": [],
+            "steps": [],
+        }
+        for dtype_name in args.dtype:
+            dtype = DTYPES[dtype_name]
+            for shape_name, shape in SHAPES.items():
+                for batch in args.batch:
+                    for prefix in args.prefix:
+                        with torch.inference_mode():
+                            case = attention_case(shape, dtype, batch, prefix, args.rounds)
+                        result["attention"].append({"shape": shape_name, "dtype": dtype_name, **case})
+                        print(json.dumps(result["attention"][-1]), flush=True)
+            if args.steps:
+                loaded = load(Plan(args.model, dtype=args.weights or dtype_name))
+                config = loaded.decoder.config
+                per_token = 2 * config.num_layers * config.shape.kv_heads * config.shape.size * dtype.itemsize
+                for batch in args.batch:
+                    for prefix in args.prefix:
+                        if batch * (prefix + SUFFIX) * per_token > args.memory_gb * 1e9:
+                            print(json.dumps({"skipped": [batch, prefix], "why": "--memory-gb"}), flush=True)
+                            continue
+                        case = step_case(loaded, dtype, batch, prefix, args.rounds)
+                        result["steps"].append({"model": args.model, "dtype": dtype_name, **case})
+                        print(json.dumps(result["steps"][-1]), flush=True)
 
 
 if __name__ == "__main__":

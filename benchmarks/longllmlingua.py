@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import re
 import statistics
@@ -23,8 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.recording import record, recording
 from hasten.core.plan import Plan
 from hasten.lm.context.compress import Compressor, Encoded
 from hasten.lm.context.longllmlingua import CompressedContexts, LongLLMLingua
@@ -32,7 +30,7 @@ from hasten.lm.context.recovery import Shortened
 from hasten.lm.context.transform import Prompt
 from hasten.lm.llm import LLM
 from hasten.lm.scoring import answer_logprobs
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.document_qa import Passage, Question, library, question
 from hasten.workloads.language import greedy
@@ -234,25 +232,16 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.speed or args.quality or args.ranking):
         parser.error("nothing to measure: give --speed, --quality or --ranking")
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    parts: dict[str, Iterator[dict[str, Any]]] = {}
-    if args.speed:
-        parts["speed"] = (speed(args, name) for name in (None, args.compressor))
-    if args.ranking:
-        parts["ranking"] = (ranking(args, name) for name in (None, args.compressor))
-    if args.quality:
-        parts["quality"] = quality(args)
-    for name, records in parts.items():
-        result[name] = []
-        for record in records:
-            result[name].append(record)
-            print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        parts: dict[str, Iterator[dict[str, Any]]] = {}
+        if args.speed:
+            parts["speed"] = (speed(args, name) for name in (None, args.compressor))
+        if args.ranking:
+            parts["ranking"] = (ranking(args, name) for name in (None, args.compressor))
+        if args.quality:
+            parts["quality"] = quality(args)
+        for name, records in parts.items():
+            record(result, name, records)
 
 
 if __name__ == "__main__":

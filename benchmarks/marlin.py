@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.hydragen import rounds_of
+from benchmarks.recording import recording
 from hasten.kernels.peak import read_bandwidth
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.weights.affine import AffineLinear
 from hasten.weights.dense import DenseLinear
@@ -278,22 +279,16 @@ def main() -> None:
     parser.add_argument("--sample-length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=16, help="segments of 512 tokens to evaluate on")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(options.threads, usable_cpus()).to_dict()}
-    if "layers" in options.parts:
-        read = read_bandwidth()
-        result |= {"read_bytes_per_s": read, "group": options.group, "layers": {}}
-        with torch.no_grad():
-            for name in options.shapes:
-                result["layers"][name] = sweep(name, options, read)
-    if "quality" in options.parts:
-        result["quality"] = quality(options)
-    result["busy"] = monitor.stop().to_dict()
+    with recording(options.threads, options.json) as result:
+        if "layers" in options.parts:
+            read = read_bandwidth()
+            result |= {"read_bytes_per_s": read, "group": options.group, "layers": {}}
+            with torch.no_grad():
+                for name in options.shapes:
+                    result["layers"][name] = sweep(name, options, read)
+        if "quality" in options.parts:
+            result["quality"] = quality(options)
     tables(result, Console(width=180))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

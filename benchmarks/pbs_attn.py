@@ -11,7 +11,6 @@ dense prompt: change of perplexity, mean KL divergence, density; and passkeys fo
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.recording import record, recording
 from hasten.attention.blocks import cached_of
 from hasten.attention.dense import DenseKernel
 from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
@@ -34,7 +34,7 @@ from hasten.core.technique import Technique
 from hasten.lm.chunk import Chunk
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.passkey import passkeys
 from hasten.workloads.text import Text
@@ -253,17 +253,8 @@ def measure(
 
 def run(args: argparse.Namespace, records: Callable[[], Iterator[dict[str, Any]]]) -> None:
     """Print the records as they come, and write them all at the end."""
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__, "records": []}
-    with torch.inference_mode():
-        for record in records():
-            result["records"].append(record)
-            print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result, torch.inference_mode():
+        record(result, "records", records())
 
 
 def main() -> None:

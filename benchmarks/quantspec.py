@@ -34,6 +34,7 @@ from torch import Tensor
 
 from benchmarks.adamas import interleaved
 from benchmarks.hydragen import decode_layout, random_pages
+from benchmarks.recording import record, recording
 from hasten.attention.dense import DenseKernel
 from hasten.attention.layout import AttentionSpec, HeadShape, StepLayout
 from hasten.attention.policy import Dense, Selection
@@ -43,7 +44,7 @@ from hasten.lm.decoding.quantspec import QuantSpec
 from hasten.lm.kvcache.quantspec import QuantSpecKernel, QuantSpecKV, QuantSpecPages, Step
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.language import perplexity
 from hasten.workloads.text import Text
@@ -256,26 +257,17 @@ def main() -> None:
     args = parser.parse_args()
     if not args.attention and not any(getattr(args, name) for name in PARTS):
         parser.error("nothing to measure: give --attention, --decode, --quality, --identity or --acceptance")
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    if args.attention:
-        result["attention"] = []
-        for context in args.context:
-            for rows in (1, 3):
-                with torch.inference_mode():
-                    result["attention"].append(attention_case(context, rows, args.rounds))
-                print(json.dumps(result["attention"][-1]), flush=True)
-    for name, run in PARTS.items():
-        if getattr(args, name):
-            result[name] = []
-            for record in run(args):
-                result[name].append(record)
-                print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        if args.attention:
+            result["attention"] = []
+            for context in args.context:
+                for rows in (1, 3):
+                    with torch.inference_mode():
+                        result["attention"].append(attention_case(context, rows, args.rounds))
+                    print(json.dumps(result["attention"][-1]), flush=True)
+        for name, run in PARTS.items():
+            if getattr(args, name):
+                record(result, name, run(args))
 
 
 if __name__ == "__main__":

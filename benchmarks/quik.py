@@ -19,7 +19,6 @@ rescaling), ``rounding fused`` joins the first three. Without VNNI the exact 8-b
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -30,12 +29,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.hydragen import rounds_of
+from benchmarks.recording import recording
 from hasten.core import paths
 from hasten.core.corpus import corpus
 from hasten.kernels.native import level
 from hasten.kernels.packed import Packed
 from hasten.kernels.quik import forward_stages, pack_quik, quik
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.models.checkpoint import load_decoder, open_checkpoint
 from hasten.models.context import BuildContext
@@ -226,22 +226,17 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, help="segments of 512 tokens to evaluate on")
     parser.add_argument("--threads", type=int, default=len(usable_cpus()))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).to_dict(), "level": level()}
-    timed = {"block": block_part, "outliers": outliers_part, "few": few_part}
-    for part, measured in timed.items():
-        for width in args.widths if part in args.parts else ():
-            for rows in args.few if part == "few" else args.rows:
-                found = measured(width, rows, args.rounds)
-                result.setdefault(part, {}).setdefault(width, {})[str(rows)] = found
-                show(f"{part}: {width}, {rows} rows", found)
-    if "quality" in args.parts:
-        result["quality"] = quality_part(args.arms, args.model, args.samples, args.held_out)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        result |= {"level": level()}
+        timed = {"block": block_part, "outliers": outliers_part, "few": few_part}
+        for part, measured in timed.items():
+            for width in args.widths if part in args.parts else ():
+                for rows in args.few if part == "few" else args.rows:
+                    found = measured(width, rows, args.rounds)
+                    result.setdefault(part, {}).setdefault(width, {})[str(rows)] = found
+                    show(f"{part}: {width}, {rows} rows", found)
+        if "quality" in args.parts:
+            result["quality"] = quality_part(args.arms, args.model, args.samples, args.held_out)
 
 
 if __name__ == "__main__":

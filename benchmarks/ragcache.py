@@ -27,8 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.recording import record, recording
 from hasten import workloads
 from hasten.core import paths
 from hasten.core.plan import Plan
@@ -38,7 +37,7 @@ from hasten.lm.kvcache.format import PlainKV
 from hasten.lm.kvcache.pages import PagePool
 from hasten.lm.kvcache.ragcache import KnowledgeStore, RagCache
 from hasten.lm.llm import LLM
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.interleave import measure_pairs, warm_up
 from hasten.measure.statistics import Stopping
 from hasten.models.checkpoint import open_checkpoint
@@ -202,22 +201,13 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.hits or args.ttft or args.speculation or args.profile):
         parser.error("nothing to measure: give --hits, --ttft, --speculation or --profile")
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    for name, measured in (("hits", hits), ("ttft", ttft), ("speculation", speculation)):
-        if getattr(args, name):
-            result[name] = []
-            for record in measured(args):
-                result[name].append(record)
-                print(json.dumps(record), flush=True)
-    if args.profile:
-        result["profile"] = profile(args)
-        print(json.dumps(result["profile"]), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        for name, measured in (("hits", hits), ("ttft", ttft), ("speculation", speculation)):
+            if getattr(args, name):
+                record(result, name, measured(args))
+        if args.profile:
+            result["profile"] = profile(args)
+            print(json.dumps(result["profile"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ need no prefill): speed only. Run it on a quiet machine.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.recording import record, recording
 from hasten.attention.resa import BlockPolicy, Rectified, Resa
 from hasten.core.plan import Plan
 from hasten.kernels import bounds
@@ -34,7 +34,7 @@ from hasten.lm.build import Loaded, load
 from hasten.lm.chunk import Chunk
 from hasten.lm.kvcache.cache import SequenceKV
 from hasten.lm.kvcache.repair import repair_from
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.text import Text
 
@@ -294,19 +294,10 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.drift or args.decode):
         parser.error("nothing to measure: give --drift, --decode or both")
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    for part, records in (("drift", drift_records), ("decode", decode_records)):
-        if getattr(args, part):
-            result[part] = []
-            for record in records(args):
-                result[part].append(record)
-                print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        for part, records in (("drift", drift_records), ("decode", decode_records)):
+            if getattr(args, part):
+                record(result, part, records(args))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ a quiet machine. For a model whose head is most of its weights: ``--model gemma-
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,13 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.recording import chosen, record, recording
 from hasten import workloads
 from hasten.core import paths
 from hasten.core.plan import Plan
 from hasten.lm.layers.sleb import SLEB, Removal, Search
 from hasten.lm.llm import LLM
 from hasten.lm.native import NativeStack
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.interleave import measure_pairs, warm_up
 from hasten.measure.statistics import Stopping
 from hasten.models.checkpoint import open_checkpoint
@@ -250,24 +250,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=25, help="most pairs of runs of --speed")
     parser.add_argument("--threads", type=int, default=len(usable_cpus()))
     args = parser.parse_args()
-    chosen = {name: part for name, part in parts.items() if getattr(args, name)}
-    if not chosen:
-        parser.error("nothing to measure: give " + ", ".join(f"--{name}" for name in parts))
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {
-        "machine": machine(args.threads, usable_cpus()).to_dict(),
-        "model": args.model,
-    }
-    for name, part in chosen.items():
-        result[name] = []
-        for record in part(args):
-            result[name].append(record)
-            print(json.dumps(record), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    parts = chosen(parser, args, parts)
+    with recording(args.threads, args.json) as result:
+        result |= {
+            "model": args.model,
+        }
+        for name, part in parts.items():
+            record(result, name, part(args))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ decode path; and of the same codes on the engine's float32 kernels, which shows 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -23,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.recording import recording
 from hasten.core.plan import Plan
 from hasten.kernels.t_man import multiply
 from hasten.lm.llm import LLM
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.weights.affine import AffineLinear, round_to_nearest
 from hasten.weights.dense import DenseLinear
@@ -135,17 +135,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(options.threads, usable_cpus()).to_dict()}
-    with torch.no_grad():
+    with recording(options.threads, options.json) as result, torch.no_grad():
         for part, run in (("layers", layers), ("quality", quality)):
             if part in options.parts:
                 result[part] = run(options)
-    result["busy"] = monitor.stop().to_dict()
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

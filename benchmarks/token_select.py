@@ -19,13 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.recording import recording
 from hasten.attention.token_select import TokenSelect
 from hasten.core.plan import Plan
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
-from hasten.measure.environment import BusyMonitor, machine, usable_cpus
+from hasten.measure.environment import usable_cpus
 from hasten.measure.statistics import median_interval
 from hasten.workloads.passkey import passkeys
 from hasten.workloads.text import Text
@@ -124,19 +123,13 @@ def main() -> None:
     wanted = [name for name in parts if getattr(args, name)]
     if not wanted:
         parser.error("nothing to measure: give --speed, --perplexity or --passkey")
-    torch.set_num_threads(args.threads)
-    monitor = BusyMonitor()
-    monitor.start()
-    result: dict[str, Any] = {"machine": machine(args.threads, usable_cpus()).__dict__}
-    for name in wanted:
-        result[name] = []
-        for context in args.context:
-            for record in parts[name](args, context):
-                result[name].append(record)
-                print(json.dumps({"part": name, **record}), flush=True)
-    result["busy"] = monitor.stop().to_dict()
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    with recording(args.threads, args.json) as result:
+        for name in wanted:
+            result[name] = []
+            for context in args.context:
+                for record in parts[name](args, context):
+                    result[name].append(record)
+                    print(json.dumps({"part": name, **record}), flush=True)
 
 
 if __name__ == "__main__":
