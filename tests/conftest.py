@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,17 @@ def hasten_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     monkeypatch.setenv("HASTEN_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small work on one thread, so that it does not wait for a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Wheelhouse:

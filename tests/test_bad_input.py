@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import hasten
@@ -42,6 +41,8 @@ from hasten.core.plan import Plan
 from hasten.lm.batch import read_jobs, run_batch
 from hasten.lm.llm import LLM
 from hasten.lm.request import FinishReason, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 sys.path.insert(0, str(Path(__file__).parent / "lm"))
 
@@ -525,14 +526,6 @@ def test_threads_share_a_model(llm):
     assert [found.get(i) for i in range(len(prompts))] == [c.token_ids for c in alone]
     assert [found.get(str(i)) for i in range(len(prompts))] == [c.text for c in alone]
     assert found["score"] == pytest.approx(scores, abs=1e-4) or "other requests are running" in found["score"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_plan_objects_are_checked_too(tiny):

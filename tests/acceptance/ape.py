@@ -8,7 +8,7 @@ and nothing is encoded twice; 3 quality; 5 more context than the window; 6 one p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lm"))
 
 from lm_tiny import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.\n\n",
@@ -39,14 +41,6 @@ TEXTS = (
     "Über allen Gipfeln ist Ruh.\n\n",
 )
 ASK = "What does the fox do?"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

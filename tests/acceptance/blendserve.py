@@ -8,14 +8,12 @@ pages and prefix store are real, time is that of the resource model, with rates 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hasten.core.artefact import ArtefactStore
 from hasten.core.corpus import Corpus
@@ -34,17 +32,11 @@ from hasten.workloads.text import Text
 
 from ..lm.lm_tiny import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RATES = Rates(token=2e-3, pair=6.5e-7, read=2e-5)
 NOWHERE = ArtefactStore(Path("unused"), "simulated")  # nothing is measured, so nothing is kept
 PAGES = 500  # of 16 tokens: some thirty requests
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # 1 --------------------------------------------------------------------------------------------------------------------

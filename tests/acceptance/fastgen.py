@@ -8,7 +8,6 @@ Of check 6, the server that survives a client's disconnect is not built yet; a r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,7 @@ from hasten.workloads.traffic import TrafficOptions, traffic
 
 from ..lm.lm_tiny import write_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "attention"))
 
 from flash_peak import peaks
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -8,7 +8,7 @@ read bit by bit equal two passes from scratch; 6 recovery, and contexts of every
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "lm"))
 
 from lm_tiny import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ASK = "Who jumps over the dog?"
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. Every sequence of tokens enters the model, and the model answers.",
@@ -38,14 +40,6 @@ TEXTS = (
     "A model answers. The answer is a sequence of tokens; nobody reads it.\n\nDer Fuchs springt.",
     "x",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ rejections, forks and prefixes: `tests/lm/test_quantspec.py`); 5 the bytes shrin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,9 @@ from hasten.workloads.language import perplexity
 
 from ..lm.lm_tiny import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT, TOKENS = 400, 40
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def opened(path: Path, *use: QuantSpec, dtype: str = "bfloat16", **engine: object) -> LLM:

@@ -8,7 +8,7 @@ perplexity against cheaper criteria;
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,8 @@ from hasten.workloads.text import Text
 
 from ..lm.lm_tiny import write_checkpoint, write_tokenizer
 from ..models.conftest import FAMILIES, build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS = (4, 12, 13, 25)  # of 30; two of them neighbours
 
@@ -68,14 +70,6 @@ class Off(Technique, LayerHook):
 
     def skip(self, layer: int, layout: object) -> tuple[bool, bool]:
         return layer in self.blocks, layer in self.blocks
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def engine(path: Path, technique: Technique | None, dtype: str) -> Loaded:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,8 @@ from attention_steps import (
     weighted_values,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Make = Callable[[], AttentionKernel]
 
 
@@ -57,15 +59,6 @@ def _kernels() -> list[object]:
                 pytest.param(lambda t=technique: t().provide("attention_kernel", None), id=record.slug)  # type: ignore[misc]
             )
     return found
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small work on one thread, so that it does not wait for a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=_kernels(), scope="module")

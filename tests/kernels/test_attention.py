@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -17,6 +16,8 @@ from hasten.kernels.native import _module, available_levels
 from hasten.kernels.pages import quantise
 from hasten.kernels.reference import attention as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEVELS = [pytest.param(_module(name), id=name) for name in available_levels()]
 SHAPES = st.tuples(
     st.sampled_from([1, 2, 3]),
@@ -26,15 +27,6 @@ SHAPES = st.tuples(
 )
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int8])
 SOFTCAPS = st.sampled_from([None, None, 5.0, 50.0])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small work on one thread, so that it does not wait for a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def int32(values: list[int]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -21,17 +20,11 @@ from hasten.kernels.flash_terms import VERSION_1, VERSION_2, Masking, Schedule, 
 from hasten.kernels.native import _module
 from hasten.kernels.reference import flash as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEVELS = [pytest.param(_module(name), id=name) for name in available_levels()]
 VERSIONS = [pytest.param(VERSION_1, id="v1"), pytest.param(VERSION_2, id="v2")]
 BOTH = st.sampled_from([VERSION_1, VERSION_2])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tensors(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

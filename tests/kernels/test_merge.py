@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -15,17 +14,10 @@ from hasten.kernels.attention import merge
 from hasten.kernels.native import _module, available_levels
 from hasten.kernels.reference import attention as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEVELS = [pytest.param(_module(name), id=name) for name in available_levels()]
 EMPTY = float("-inf")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small work on one thread, so that it does not wait for a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def parts_of(seed: int, parts: int, heads: int, size: int, empty: float = 0.2) -> tuple[Tensor, Tensor]:

@@ -17,16 +17,10 @@ from hasten.kernels.native import _module, available_levels
 from hasten.kernels.reference import attention as reference
 from hasten.kernels.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEVELS = [pytest.param(_module(name), id=name) for name in available_levels()]
 NAMES = ("page_C", "page_start_J1", "base_J", "row_start_J1", "row_E", "first_E", "limit_E")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_lists(rng: random.Random, rows: int, pool: int, page: int) -> dict[str, list[int]]:
