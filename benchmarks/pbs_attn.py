@@ -273,7 +273,9 @@ def main() -> None:
         def use(arm: Technique) -> Choose:
             assert isinstance(arm, PbsAttn)
             policy.settings = arm
-            return lambda layer, q, rows, pages, spec: policy.choose(0, q, cached_of(rows, 0, pages), spec)
+            return lambda layer, q, rows, pages, spec: policy.choose(
+                0, layer, q, cached_of(rows, 0, pages), spec
+            )
 
         yield from measure(args, harness, arms, use)
 

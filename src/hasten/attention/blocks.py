@@ -6,16 +6,66 @@ B key blocks, L cached tokens.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.attention.layout import AttentionSpec, KVPages
+from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
 from hasten.attention.pieces import Rows
-from hasten.attention.policy import BlockSelection
+from hasten.attention.policy import AttentionPolicy, BlockSelection, Dense, Selection
 from hasten.kernels.block_list import BlockLists, Cached, attend_blocks, query_blocks
 
-__all__ = ["attend_selection", "block_lists", "cached_of"]
+__all__ = ["BlockPrefillPolicy", "attend_selection", "block_lists", "cached_of"]
+
+
+class BlockPrefillPolicy(AttentionPolicy):
+    """Block-sparse prefill: sequences that bring enough rows and have enough cached read what `choose` says.
+
+    Everything else is dense, so steps of single rows may run natively.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._selectors = (None,) * layers
+        self._rows: Rows | None = None
+        self._layout: StepLayout | None = None
+        self._sequences: list[int] = []
+
+    @property
+    @abstractmethod
+    def fewest(self) -> tuple[int, int]:
+        """Rows that a sequence has to bring, and cached tokens that it has to exceed, to be sparse."""
+
+    @abstractmethod
+    def choose(
+        self, sequence: int, layer: int, q_THD: Tensor, cached: Cached, spec: AttentionSpec
+    ) -> BlockSelection:
+        """What the rows ``q_THD``, the last of the cached tokens, read."""
+
+    def selectors(self) -> tuple[None, ...]:
+        return self._selectors
+
+    def begin_step(self, layout: StepLayout) -> None:
+        rows, tokens = self.fewest
+        rows_S = layout.query_start_S1[1:] - layout.query_start_S1[:-1]
+        sparse_S = (rows_S >= rows) & (layout.kv_len_S > tokens)
+        self._sequences = sparse_S.nonzero().flatten().tolist()
+        self._rows, self._layout = (Rows.of(layout), layout) if self._sequences else (None, None)
+
+    def select(
+        self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
+    ) -> Selection:
+        if self._rows is None or spec.window is not None:
+            return Dense()
+        rows = self._rows if layout is self._layout else Rows.of(layout)  # hooks may have dropped rows
+        q_THD = q_THD.contiguous()
+        found = []
+        for s in self._sequences:
+            begin, end = int(rows.start_S1[s]), int(rows.start_S1[s + 1])
+            if end > begin:
+                found.append(self.choose(s, layer, q_THD[begin:end], cached_of(rows, s, pages), spec))
+        return tuple(found)
 
 
 def cached_of(rows: Rows, sequence: int, pages: KVPages) -> Cached:

@@ -30,10 +30,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hasten.attention.blocks import cached_of
-from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
-from hasten.attention.pieces import Rows
-from hasten.attention.policy import AttentionPolicy, BlockSelection, Dense, Selection
+from hasten.attention.blocks import BlockPrefillPolicy
+from hasten.attention.layout import AttentionSpec
+from hasten.attention.policy import AttentionPolicy, BlockSelection
 from hasten.core.errors import SettingError, UnsupportedError
 from hasten.core.technique import Technique
 from hasten.kernels.block_list import Cached, Visits, pool_keys, pool_rows, quantise_keys
@@ -113,7 +112,7 @@ def uniform(settings: SpargeAttn, layers: int, heads: int) -> HeadSettings:
     )
 
 
-class SpargePolicy(AttentionPolicy):
+class SpargePolicy(BlockPrefillPolicy):
     """The policy for one model. ``settings`` and ``heads`` may be changed between steps.
 
     visits: what the softmax filter met and left out so far.
@@ -122,35 +121,11 @@ class SpargePolicy(AttentionPolicy):
     def __init__(self, settings: SpargeAttn, layers: int, heads: HeadSettings) -> None:
         self.settings, self.heads = settings, heads
         self.visits = Visits()
-        # Steps of single rows are dense and may run natively.
-        self._selectors = (None,) * layers
-        self._rows: Rows | None = None
-        self._layout: StepLayout | None = None
-        self._sequences: list[int] = []
+        super().__init__(layers)
 
-    def selectors(self) -> tuple[None, ...]:
-        return self._selectors
-
-    def begin_step(self, layout: StepLayout) -> None:
-        """Find the sequences that bring a chunk and have more than a query block cached."""
-        rows_S = layout.query_start_S1[1:] - layout.query_start_S1[:-1]
-        long_S = (rows_S >= self.settings.min_rows) & (layout.kv_len_S > QUERY_BLOCK)
-        self._sequences = long_S.nonzero().flatten().tolist()
-        self._rows, self._layout = (Rows.of(layout), layout) if self._sequences else (None, None)
-
-    def select(
-        self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
-    ) -> Selection:
-        if self._rows is None or spec.window is not None:
-            return Dense()
-        rows = self._rows if layout is self._layout else Rows.of(layout)  # hooks may have dropped rows
-        q_THD = q_THD.contiguous()
-        found = []
-        for s in self._sequences:
-            begin, end = int(rows.start_S1[s]), int(rows.start_S1[s + 1])
-            if end > begin:
-                found.append(self.choose(s, layer, q_THD[begin:end], cached_of(rows, s, pages), spec))
-        return tuple(found)
+    @property
+    def fewest(self) -> tuple[int, int]:
+        return self.settings.min_rows, QUERY_BLOCK
 
     def choose(
         self, sequence: int, layer: int, q_THD: Tensor, cached: Cached, spec: AttentionSpec
