@@ -56,7 +56,7 @@ def run(model: Path, use: list[object], given: list[list[int]], **engine: object
 def test_keeping_every_block_is_dense_attention(permute):
     q, cached, spec = problem(1, 700, HeadShape(6, 2, 64))
     policy = PbsPolicy(PbsAttn(threshold=1, permute=permute), 1)
-    selection = policy.choose(0, q, cached, spec)
+    selection = policy.choose(0, 0, q, cached, spec)
     assert (selection.order_XL is not None) is permute
     if permute:
         assert not torch.equal(selection.order_XL[0], selection.order_XL[1])
@@ -174,7 +174,7 @@ def test_equals_the_paper_written_down(seed, length, blocks, threshold):
     policy = PbsPolicy(PbsAttn(block=block, segment=segment, threshold=threshold), 1)
     if length <= segment:
         return
-    selection = policy.choose(0, q, cached, spec)
+    selection = policy.choose(0, 0, q, cached, spec)
     got = read(q, cached, selection, spec)
     if tie > 1e-5:  # else rounding may decide a choice
         torch.testing.assert_close(
@@ -186,9 +186,9 @@ def test_a_chunk_reads_what_the_whole_prompt_would_if_it_is_the_end_of_it():
     """Blocks and segments lie at fixed positions, so the rows of the last chunk choose as in one step."""
     q, cached, spec = problem(5, 1000, HeadShape(6, 2, 32))
     policy = PbsPolicy(PbsAttn(**SMALL), 1)
-    whole = read(q, cached, policy.choose(0, q, cached, spec), spec)
+    whole = read(q, cached, policy.choose(0, 0, q, cached, spec), spec)
     for rows in (500, 488, 200):  # from a block's edge, and from within one
-        part = read(q[-rows:], cached, policy.choose(0, q[-rows:].contiguous(), cached, spec), spec)
+        part = read(q[-rows:], cached, policy.choose(0, 0, q[-rows:].contiguous(), cached, spec), spec)
         skip = 0 if (1000 - rows) % 16 == 0 else 16 - (1000 - rows) % 16  # of a partly filled block
         torch.testing.assert_close(part[skip:], whole[1000 - rows + skip :], atol=1e-5, rtol=1e-5)
 
@@ -246,13 +246,13 @@ def test_permuted_keys_need_fewer_blocks_for_the_same_error(harness, ids):
             rows = Rows.of(case.layout)
             # The last rows are enough, and a quarter of the work.
             q, cached = case.q_THD[-512:].contiguous(), cached_of(rows, 0, case.pages)
-            everything = PbsPolicy(PbsAttn(threshold=1), 1).choose(0, q, cached, case.spec)
+            everything = PbsPolicy(PbsAttn(threshold=1), 1).choose(0, 0, q, cached, case.spec)
             dense = read(q, cached, everything, case.spec)
             for permute in mean:
                 points = []
                 for threshold in (0.6, 0.75, 0.85, 0.92, 0.97):
                     policy = PbsPolicy(PbsAttn(threshold=threshold, permute=permute), 1)
-                    selection = policy.choose(0, q, cached, case.spec)
+                    selection = policy.choose(0, 0, q, cached, case.spec)
                     off = read(q, cached, selection, case.spec) - dense
                     kept = float(selection.keep_XQB.double().mean())
                     points.append((float(off.abs().sum() / dense.abs().sum()), kept))
