@@ -372,6 +372,11 @@ def test_what_cannot_be_repaired_is_refused(tiny, over):
         LLM(tiny, use=[Resa(over=over)], dtype="float32")
 
 
+def test_keys_that_are_rotated_when_read_are_refused(tiny):
+    with pytest.raises(ConflictError, match="rotates keys as it reads them"):
+        LLM(tiny, use=[Resa(over="token_select")], dtype="float32")
+
+
 def test_refuses_pages_that_hold_no_whole_blocks(tiny):
     with pytest.raises(UnsupportedError, match="set page_size to a multiple of 16"):
         LLM(tiny, use=[resa()], dtype="float32", page_size=24)

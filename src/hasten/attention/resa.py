@@ -232,12 +232,21 @@ class Rectified(AttentionPolicy):
             raise SettingError(f"every = {every}: must be at least 1")
         if policy.repair is not None:
             raise ConflictError(f"{type(policy).__name__} has its cached tokens computed again already")
-        self.policy, self.every = policy, every
+        if policy.unrotated_keys:
+            raise ConflictError(
+                f"{type(policy).__name__} rotates keys as it reads them; rows of a repair read cached keys as they are"
+            )
+        self.policy, self.every, self.grid = policy, every, policy.grid
+        self._repair: Repair | None = None
+        self._of: Sequence[Selector | None] = ()  # the selectors that the repair was made for
 
     @property
     def repair(self) -> Repair | None:
-        budgets = [s.budget for s in self.policy.selectors() if s is not None]
-        return Repair(self.every, min(budgets, default=0))
+        found = self.policy.selectors()
+        if self._repair is None or found is not self._of:
+            budgets = [selector.budget for selector in found if selector is not None]
+            self._repair, self._of = Repair(self.every, min(budgets, default=0)), found
+        return self._repair
 
     def sidecars(self) -> tuple[SidecarSpec, ...]:
         return self.policy.sidecars()
@@ -268,6 +277,9 @@ class Rectified(AttentionPolicy):
 
     def forget(self, sequence_id: int) -> None:
         self.policy.forget(sequence_id)
+
+    def figures(self) -> dict[str, float]:
+        return self.policy.figures()
 
 
 def _spared(selection: Selection, layout: StepLayout) -> Selection:

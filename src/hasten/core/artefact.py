@@ -44,7 +44,8 @@ def _plain(value: object) -> Any:
 class ArtefactStore:
     """Artefacts of one model under ``root``. Safe for concurrent builders: the first rename wins.
 
-    sealed: hold what is there and make nothing new (a prepared folder). used: the folders asked for so far.
+    sealed: hold what is there and make nothing new (a prepared folder). used: the folders asked for so far; made: those
+    of them that did not exist.
     """
 
     def __init__(self, root: Path, model: str, *, sealed: bool = False) -> None:
@@ -52,11 +53,12 @@ class ArtefactStore:
         self.model = model  # fingerprint of the model the artefacts belong to
         self.sealed = sealed
         self.used: set[Path] = set()
+        self.made: set[Path] = set()
 
     def of_model(self, model: str) -> ArtefactStore:
         """The artefacts of another model (what surgery made of this one) in the same place."""
         other = ArtefactStore(self.root, model, sealed=self.sealed)
-        other.used = self.used
+        other.used, other.made = self.used, self.made
         return other
 
     def path(self, slug: str, made_from: Mapping[str, Any]) -> Path:
@@ -107,6 +109,7 @@ class ArtefactStore:
                     raise
                 self._verify(target, slug)
             self.used.add(target)
+            self.made.add(target)
         finally:
             shutil.rmtree(building, ignore_errors=True)
         return target

@@ -21,6 +21,7 @@ N blocks of 16 outputs, S outer groups, P outputs filled up to whole blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -91,15 +92,21 @@ def group_count(width: int, group_size: int) -> int:
     return -(-(-(-width // CHUNK) * CHUNK) // group_size)
 
 
-def pack_codes(codes_OK: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes [O, K] as int32 words [N, C, B, 16]. Raises `ValueError` if a code exceeds ``bits``."""
-    if bits not in BITS:
-        raise ValueError(f"bits = {bits}: codes of {', '.join(map(str, BITS))} bits can be packed")
+def checked_codes(codes_OK: Tensor, bits: int, known: Sequence[int]) -> Tensor:
+    """The codes uint8 [O, K], contiguous. Raises `TypeError` (dtype) or `ValueError` (shape, bits that are not
+    ``known``)."""
+    if bits not in known:
+        raise ValueError(f"bits = {bits}: codes of {', '.join(map(str, known))} bits can be packed")
     if codes_OK.dtype is not torch.uint8:
         raise TypeError(f"codes must be uint8, not {codes_OK.dtype}")
     if codes_OK.dim() != 2 or 0 in codes_OK.shape:
         raise ValueError(f"codes must be a non-empty [outputs, inputs], not {tuple(codes_OK.shape)}")
-    codes_OK = codes_OK.contiguous()
+    return codes_OK.contiguous()
+
+
+def pack_codes(codes_OK: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes [O, K] as int32 words [N, C, B, 16]. Raises `ValueError` if a code exceeds ``bits``."""
+    codes_OK = checked_codes(codes_OK, bits, BITS)
     outputs, columns = codes_OK.shape
     words = torch.empty(-(-outputs // BLOCK), -(-columns // CHUNK), bits, BLOCK, dtype=torch.int32)
     if not native().pack_codes(codes_OK.data_ptr(), outputs, columns, bits, words.data_ptr()):

@@ -27,6 +27,7 @@ from hasten.kernels.affine import (
     ZERO,
     AffineWeight,
     Numbers,
+    checked_codes,
     group_count,
     number_address,
 )
@@ -70,13 +71,7 @@ def pack_planes(codes_OK: Tensor, bits: int) -> Tensor:
 
     Raises `TypeError` (dtype) or `ValueError` (shape, or a code that exceeds ``bits``).
     """
-    if bits not in BITS:
-        raise ValueError(f"bits = {bits}: bit planes hold {', '.join(map(str, BITS))} bits")
-    if codes_OK.dtype is not torch.uint8:
-        raise TypeError(f"codes must be uint8, not {codes_OK.dtype}")
-    if codes_OK.dim() != 2 or 0 in codes_OK.shape:
-        raise ValueError(f"codes must be a non-empty [outputs, inputs], not {tuple(codes_OK.shape)}")
-    codes_OK = codes_OK.contiguous()
+    codes_OK = checked_codes(codes_OK, bits, BITS)
     outputs, columns = codes_OK.shape
     planes = torch.empty(-(-outputs // BLOCK), -(-columns // UNIT), bits, _VECTOR, dtype=torch.uint8)
     if not native().tman_pack(codes_OK.data_ptr(), outputs, columns, bits, planes.data_ptr()):

@@ -192,9 +192,8 @@ def _page_size(plan: Plan, settings: EngineSettings, format: KVFormat | None) ->
     if "page_size" in settings.model_fields_set:
         slug = plan.filling("kv_format")[0].slug
         raise ConflictError(
-            f"page_size = {settings.page_size}, but {slug} has pages of {format.page_size} tokens; leave "
-            f"page_size out or "
-            f"change {slug}'s setting"
+            f"page_size = {settings.page_size}, but {slug} has pages of {format.page_size} tokens; "
+            f"leave page_size out or change {slug}'s setting"
         )
     return settings.model_copy(update={"page_size": format.page_size})
 

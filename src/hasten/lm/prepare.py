@@ -64,8 +64,9 @@ def _prepare(plan: Plan, target: Path, calibration: Sequence[Sequence[int]] | No
     ):
         raise ArtefactError(f"{target} exists and is not a prepared folder; choose another with -o")
     started = time.perf_counter()
-    _load(plan, calibration)  # computes what is missing; the next load asks for what is needed and no more
     loaded = _load(plan, calibration)
+    if loaded.artefacts.made:  # making them may have asked for more than loading them does
+        loaded = _load(plan, calibration)
     seconds = time.perf_counter() - started
     request = {
         "plan": plan.to_dict(),

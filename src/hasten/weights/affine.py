@@ -6,6 +6,7 @@ Legend: I inputs, O outputs, G groups, K stored columns.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,10 +32,12 @@ from hasten.kernels.affine import (
     pack_groups,
 )
 from hasten.kernels.packed import Packed, pad_rows
+from hasten.kernels.t_man import PlaneWeight
 from hasten.weights.format import LinearSource, WeightFormat
 from hasten.weights.packed import KernelLinear
 
 GRIDS = ("asymmetric", "symmetric", "float-min")
+W = TypeVar("W", AffineWeight, PlaneWeight)
 
 
 def check_activations(activations: str) -> None:
@@ -71,7 +74,47 @@ def store_low(low_OG: Tensor, scale_OG: Tensor, groups: int) -> Numbers:
     return store_scale(low_OG, groups)
 
 
-class AffineLinear(KernelLinear):
+class CodeLinear(KernelLinear, Generic[W]):
+    """A layer whose packed weight is a dataclass with the fields of `AffineWeight`, whatever its codes are called."""
+
+    codes: ClassVar[str]  # the field that holds them
+    scale: Tensor
+    scale_outer: Tensor | None
+    low: Tensor | None
+    low_outer: Tensor | None
+    column_K: Tensor | None
+    bias_P: Tensor | None
+    _form: W
+
+    def _set(self, weight: W) -> None:
+        """Take the weight; the module's first step."""
+        KernelLinear.__init__(self, weight.inputs, weight.outputs)
+        # Without its tensors: those are buffers, so that copies, state dicts and byte counts see them.
+        bare: dict[str, Any] = {self.codes: None, "column_K": None, "bias_P": None}
+        bare["scale"] = replace(weight.scale, value=None, outer=None)
+        bare["low"] = replace(weight.low, value=None, outer=None)
+        self._form = replace(weight, **bare)
+        for name, value in (
+            (self.codes, getattr(weight, self.codes)),
+            ("scale", weight.scale.value),
+            ("scale_outer", weight.scale.outer),
+            ("low", weight.low.value),
+            ("low_outer", weight.low.outer),
+            ("column_K", weight.column_K),
+            ("bias_P", weight.bias_P),
+        ):
+            self.register_buffer(name, value)
+
+    @property
+    def weight(self) -> W:
+        """The packed weight over this module's buffers."""
+        full: dict[str, Any] = {name: getattr(self, name) for name in (self.codes, "column_K", "bias_P")}
+        full["scale"] = replace(self._form.scale, value=self.scale, outer=self.scale_outer)
+        full["low"] = replace(self._form.low, value=self.low, outer=self.low_outer)
+        return replace(self._form, **full)
+
+
+class AffineLinear(CodeLinear[AffineWeight]):
     """A linear layer of packed codes (GPTQ, arXiv 2210.17323, section 4).
 
     codes_OI: uint8 [O, I], columns in stored order. scale_OG, low_OG: float32 [O, G], stored as float16 where exact,
@@ -82,6 +125,8 @@ class AffineLinear(KernelLinear):
     (rounded on entry; see `hasten.kernels.affine`).
     Raises `UnsupportedError` naming the tensor that does not fit.
     """
+
+    codes = "words"
 
     def __init__(
         self,
@@ -157,40 +202,6 @@ class AffineLinear(KernelLinear):
         layer = cls.__new__(cls)
         layer._set(weight)
         return layer
-
-    def _set(self, weight: AffineWeight) -> None:
-        super().__init__(weight.inputs, weight.outputs)
-        # Without its tensors: those are buffers, so that copies, state dicts and byte counts see them.
-        self._form = replace(
-            weight,
-            words=None,
-            scale=replace(weight.scale, value=None, outer=None),
-            low=replace(weight.low, value=None, outer=None),
-            column_K=None,
-            bias_P=None,
-        )
-        for name, value in (
-            ("words", weight.words),
-            ("scale", weight.scale.value),
-            ("scale_outer", weight.scale.outer),
-            ("low", weight.low.value),
-            ("low_outer", weight.low.outer),
-            ("column_K", weight.column_K),
-            ("bias_P", weight.bias_P),
-        ):
-            self.register_buffer(name, value)
-
-    @property
-    def weight(self) -> AffineWeight:
-        """The packed weight over this module's buffers."""
-        return replace(
-            self._form,
-            words=self.words,
-            scale=replace(self._form.scale, value=self.scale, outer=self.scale_outer),
-            low=replace(self._form.low, value=self.low, outer=self.low_outer),
-            column_K=self.column_K,
-            bias_P=self.bias_P,
-        )
 
     def make_kernel(self) -> Packed:
         return affine(self.weight)

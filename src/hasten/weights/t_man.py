@@ -9,10 +9,8 @@ Legend: I inputs, O outputs, G groups, N blocks of 16 outputs, U units of 16 inp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -22,7 +20,7 @@ from hasten.kernels.affine import unpack_codes
 from hasten.kernels.packed import Packed
 from hasten.kernels.t_man import BITS, PlaneWeight, dequantize, pack_planes, share_tables, t_man
 from hasten.models.checkpoint import QuantBlocks
-from hasten.weights.affine import AffineLinear
+from hasten.weights.affine import AffineLinear, CodeLinear
 from hasten.weights.format import LinearSource, PackedLinear, WeightFormat
 from hasten.weights.gptq import GPTQ, GPTQFormat
 from hasten.weights.gptq_files import stored_gptq
@@ -88,38 +86,13 @@ class TMan(Technique):
         return TManFormat(self, context)
 
 
-class PlaneLinear(KernelLinear):
+class PlaneLinear(CodeLinear[PlaneWeight]):
     """A linear layer of bit planes. Raises `UnsupportedError` for codes of more than 4 bits."""
 
-    planes: Tensor
-    scale: Tensor
-    scale_outer: Tensor | None
-    low: Tensor | None
-    low_outer: Tensor | None
-    column_K: Tensor | None
-    bias_P: Tensor | None
+    codes = "planes"
 
     def __init__(self, weight: PlaneWeight) -> None:
-        super().__init__(weight.inputs, weight.outputs)
-        # Without its tensors: those are buffers, so that copies, state dicts and byte counts see them.
-        self._form = replace(
-            weight,
-            planes=torch.empty(0),
-            scale=replace(weight.scale, value=None, outer=None),
-            low=replace(weight.low, value=None, outer=None),
-            column_K=None,
-            bias_P=None,
-        )
-        for name, value in (
-            ("planes", weight.planes),
-            ("scale", weight.scale.value),
-            ("scale_outer", weight.scale.outer),
-            ("low", weight.low.value),
-            ("low_outer", weight.low.outer),
-            ("column_K", weight.column_K),
-            ("bias_P", weight.bias_P),
-        ):
-            self.register_buffer(name, value)
+        self._set(weight)
 
     @classmethod
     def of(cls, layer: AffineLinear, tables: Tables = "int16") -> PlaneLinear:
@@ -147,18 +120,6 @@ class PlaneLinear(KernelLinear):
         )
         found.exact = layer.exact
         return found
-
-    @property
-    def weight(self) -> PlaneWeight:
-        """The packed weight over this module's buffers."""
-        return replace(
-            self._form,
-            planes=self.planes,
-            scale=replace(self._form.scale, value=self.scale, outer=self.scale_outer),
-            low=replace(self._form.low, value=self.low, outer=self.low_outer),
-            column_K=self.column_K,
-            bias_P=self.bias_P,
-        )
 
     def make_kernel(self) -> Packed:
         return t_man(self.weight)
