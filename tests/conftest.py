@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import os
 import shutil
 import signal
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,6 +65,12 @@ def _unavailable(error: FetchError) -> None:
     if os.environ.get("CI"):
         raise error
     pytest.skip(f"not available offline: {error}")
+
+
+@pytest.fixture(scope="session")
+def optional() -> Callable[[str], ModuleType]:
+    """Imports a module of an extra. Where it is not installed the test is skipped, but never in CI."""
+    return importlib.import_module if os.environ.get("CI") else pytest.importorskip
 
 
 @pytest.fixture

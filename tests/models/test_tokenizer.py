@@ -196,8 +196,8 @@ def test_sentencepiece_without_prefix_and_gemma_spaces(tmp_path):
         assert gemma.decode(gemma.encode(text), skip_special=False) == text
 
 
-def test_sentencepiece_equals_the_sentencepiece_library(tmp_path):
-    spm = pytest.importorskip("sentencepiece")
+def test_sentencepiece_equals_the_sentencepiece_library(tmp_path, optional):
+    spm = optional("sentencepiece")
     (tmp_path / "corpus.txt").write_text("\n".join(text for text in CORPUS if "\x00" not in text))
     spm.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"),

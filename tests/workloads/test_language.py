@@ -69,9 +69,9 @@ SMALL = {
 
 
 @pytest.fixture(params=sorted(SMALL))
-def job(request):
+def job(request, optional):
     if request.param == "retrieval":
-        pytest.importorskip("faiss")
+        optional("faiss")
     return workloads.get(request.param)
 
 

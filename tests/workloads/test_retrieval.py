@@ -45,8 +45,8 @@ def test_without_the_libraries_the_extra_is_named(tiny_plan, small_corpus, monke
 
 class TestIndex:
     @pytest.fixture
-    def knowledge(self, small_corpus):
-        pytest.importorskip("faiss")
+    def knowledge(self, small_corpus, optional):
+        optional("faiss")
         from hasten.workloads.knowledge import Knowledge
 
         return Knowledge(20, 4, least=40)
@@ -89,8 +89,8 @@ class TestIndex:
         )
         assert np.isfinite(again.embed(["", "zzzz \N{SNOWMAN}"])).all()
 
-    def test_what_does_not_fit_is_refused(self, small_corpus):
-        pytest.importorskip("faiss")
+    def test_what_does_not_fit_is_refused(self, small_corpus, optional):
+        optional("faiss")
         from hasten.workloads.knowledge import Knowledge
 
         for count, lists in ((10_000, 4), (0, 1), (5, 9), (5, 0)):
@@ -98,8 +98,8 @@ class TestIndex:
                 Knowledge(count, lists, least=40)
 
 
-def test_the_technique_changes_no_answer_and_guesses_while_searching(tiny_plan, small_corpus):
-    pytest.importorskip("faiss")
+def test_the_technique_changes_no_answer_and_guesses_while_searching(tiny_plan, small_corpus, optional):
+    optional("faiss")
     options = {**SMALL["retrieval"], "search_seconds": 0.2, "rate": 0.1, "requests": 6, "reference": False}
     with workloads.get("retrieval").open(tiny_plan(RagCache(host_mb=4)), options) as session:
         runs = [session.run() for _ in range(2)]
