@@ -192,7 +192,7 @@ def test_refuses_a_head_size_without_hadamard_matrix(tmp_path):
 # -- 3 and 4. quality on the default model ----------
 
 
-TEXT, SCORED = 8000, 256
+TEXT, SCORED = 8000, 128
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ class Quality:
 
 @pytest.fixture(scope="module")
 def quality(llm, long_ids) -> dict[int, Quality]:
-    """By budget: the last 256 tokens of the text, decoded one at a time. The text is prefilled once for all."""
+    """By budget: the last tokens of the text, decoded one at a time. The text is prefilled once for all."""
     engine, first = llm.engine, TEXT - SCORED
     cache = engine.cache
     kv = cache.open(engine.new_id())
