@@ -34,7 +34,8 @@ def catalogued(monkeypatch):
     )
     planned = loader.Record(**{**record.to_dict(), "slug": "later", "state": "planned", "slots": ()})
     homeless = loader.Record(**{**record.to_dict(), "slug": "homeless", "workload": "fly", "slots": ()})
-    known = {r.slug: r for r in (record, planned, homeless)}
+    neater = loader.Record(**{**record.to_dict(), "slug": "neater", "technique": "measure_fakes:Neater"})
+    known = {r.slug: r for r in (record, planned, homeless, neater)}
     monkeypatch.setattr(loader, "records", lambda: known)
     monkeypatch.setitem(workloads._WORKLOADS, "hash", "measure_fakes:HashJob")
     sample = BusyMonitor.sample
@@ -171,6 +172,21 @@ class TestCommands:
         assert "badness" in shown
         assert len(ResultStore().all()) == 1
 
+    def test_compare_with_the_parts_of_a_plan(self, catalogued, tmp_path):
+        file = tmp_path / "out.json"
+        both = ["--use", "quicker:factor=3", "--use", "neater"]
+        self.run("compare", "hash", *both, "--parts", "--json", file, *self.quick)
+        first = json.loads(file.read_text())
+        assert first["system"] == "quicker+neater"
+        against = [c["plans"]["baseline"]["label"] for c in (first, *first["others"])]
+        assert against == ["baseline", "quicker(factor=3.0)", "neater"]
+        assert len({json.dumps(c["plans"]["candidate"]) for c in (first, *first["others"])}) == 1
+        assert len(ResultStore().all()) == 3
+        with pytest.raises(PlanError, match="name at least two"):
+            self.run("compare", "hash", "--use", "quicker", "--parts", *self.quick)
+        with pytest.raises(MeasureError, match="exclude each other"):
+            self.run("compare", "hash", *both, "--publish", tmp_path, *self.quick)
+
     def test_compare_against_a_plan_file_and_a_dtype(self, catalogued, tmp_path):
         plan = tmp_path / "theirs.toml"
         plan.write_text('dtype = "float32"\n[engine]\nmax_batch = 3\n')
@@ -263,7 +279,7 @@ class TestPublishing:
         assert "later is planned" in seen.err
         assert "badness" in seen.out
         assert sorted(p.name for p in results.iterdir()) == ["README.md", "quicker.json"]
-        assert script.measurable() == ["quicker"]
+        assert script.measurable() == ["quicker", "neater"]
 
     def test_refuses_changed_code_before_measuring(self, script, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "source_state", lambda: ("abc", True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,12 +28,7 @@ def bench(
             "[default: the system's own baselines]",
         ),
     ] = None,
-    publish: Annotated[
-        Path | None,
-        typer.Option(
-            "--publish", help="Folder to write SLUG.json to; refused on a busy machine or changed code."
-        ),
-    ] = None,
+    publish: measuring.Publish = None,
     threads: measuring.Threads = None,
     allow_busy: measuring.AllowBusy = False,
     timeout: measuring.Timeout = None,
@@ -57,17 +51,11 @@ def bench(
     """
     from hasten import workloads
     from hasten.catalog import loader
-    from hasten.core.errors import MeasureError
     from hasten.measure import bench as measure
     from hasten.measure.store import ResultStore
 
     record = loader.record(slug)
-    if publish is not None:
-        if allow_busy:
-            raise MeasureError(
-                "--publish and --allow-busy exclude each other: only quiet figures are published"
-            )
-        measure.publishable_source()
+    measure.check_publishing(publish, allow_busy)
     plans = []
     if against:
         record.load()
@@ -89,6 +77,4 @@ def bench(
         results.add(comparison)
         found.append(comparison)
     measuring.show(found, measure.record_of(found), json_file)
-    if publish is not None:
-        path = measure.publish(found, publish)
-        typer.echo(f"published: {path}", err=True)
+    measuring.publish(found, publish)

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write the result as JSON to this file; - is standard output.")
 ]
+Publish = Annotated[
+    Path | None,
+    typer.Option(
+        "--publish",
+        help="Folder to write the result to, named for the plan; refused on a busy machine or changed code.",
+    ),
+]
 Pairs = Annotated[
     int | None,
     typer.Option(
@@ -85,6 +92,14 @@ def show(comparisons: Sequence[Comparison], data: Mapping[str, Any], json_file: 
         common.print_json(data)
     elif json_file is not None:
         write_json(json_file, data)
+
+
+def publish(comparisons: Sequence[Comparison], folder: Path | None) -> None:
+    """Write the result to ``folder``, if one is given; `MeasureError` if it may not be published."""
+    if folder is not None:
+        from hasten.measure.bench import publish as write
+
+        typer.echo(f"published: {write(comparisons, folder)}", err=True)
 
 
 def table(comparisons: Sequence[Comparison]) -> Any:

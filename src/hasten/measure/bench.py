@@ -59,6 +59,15 @@ def publishable_source() -> None:
         )
 
 
+def check_publishing(folder: Path | None, allow_busy: bool) -> None:
+    """Before measuring for publication in ``folder`` (None: nothing to publish). Raises `MeasureError`."""
+    if folder is None:
+        return
+    if allow_busy:
+        raise MeasureError("--publish and --allow-busy exclude each other: only quiet figures are published")
+    publishable_source()
+
+
 def record_of(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """The JSON of one bench: the headline's comparison, the further ones under ``others``."""
     first, *rest = comparisons
