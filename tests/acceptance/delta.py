@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.attention.delta import Delta, DeltaPolicy, choose_layers, page_scores, selection_layers, top_pages
-from hasten.attention.policy import Dense, DenseScores, TokenSelection
+from hasten.attention.delta import Delta, DeltaPolicy, choose_layers, selection_layers
+from hasten.attention.policy import Dense, TokenSelection
 from hasten.core.errors import SettingError
+from hasten.kernels.page_mass import PageRule, page_choose, page_mass
 from hasten.lm.llm import LLM
 from hasten.lm.request import SamplingParams
 from hasten.models.checkpoint import open_checkpoint
@@ -55,30 +56,46 @@ def test_as_many_pages_as_there_are_change_nothing(tiny):
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 65, 200])
-def test_page_scores_are_the_explicit_softmax_max_and_sum(length):
-    logits = torch.randn(3, 9, length, generator=torch.Generator().manual_seed(length)) * 4
-    got = page_scores(torch.exp(logits - logits.logsumexp(-1, keepdim=True)), 8)
-    p = np.exp(logits.double().numpy())
-    a = (p / p.sum(-1, keepdims=True)).max(1)
-    want = np.stack([a[:, i : i + 8].sum(1) for i in range(0, length, 8)], 1)
-    np.testing.assert_allclose(got.numpy(), want, atol=1e-5)
+def test_page_masses_are_the_explicit_softmax_max_and_sum(length):
+    q_RHD, k_NGPD, table_RM = cached(length)
+    got = page_mass(q_RHD, k_NGPD, table_RM, torch.tensor([length], dtype=torch.int32), 8, scale=0.5)
+    k_GLD = k_NGPD[table_RM[0].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+    logits = np.einsum(
+        "hd,hld->hl", q_RHD[0].double().numpy(), k_GLD.repeat_interleave(3, 0).double().numpy()
+    )
+    p = np.exp(logits * 0.5)
+    a = (p / p.sum(-1, keepdims=True)).max(0)
+    np.testing.assert_allclose(got[0].numpy(), [a[i : i + 8].sum() for i in range(0, length, 8)], atol=1e-5)
 
 
-@pytest.mark.parametrize("keep_first", [False, True])
-def test_pages_are_sorted_unique_and_hold_the_last_ones(keep_first):
-    score = torch.rand(4, 40, generator=torch.Generator().manual_seed(0))
-    score[:, 0] = 0
-    count = torch.tensor([40, 17, 25, 18])
-    chosen = top_pages(score, count, 16, 5, keep_first=keep_first)
-    for row, n in zip(chosen, count.tolist(), strict=True):
-        assert row.tolist() == sorted(set(row.tolist()))
-        assert set(range(n - 5, n)) <= set(row.tolist())
-        assert int(row.max()) == n - 1
-        assert (0 in row) == (keep_first or n == 16)
+def cached(length: int, like: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A row of 9 query heads over keys of 3 heads, in pages of 16 that lie anywhere; all keys alike, if asked."""
+    random = torch.Generator().manual_seed(length)
+    k_NGPD = torch.randn(20, 3, 16, 24, generator=random)
+    table_RM = torch.randperm(20, generator=random)[None].to(torch.int32)
+    return torch.randn(1, 9, 24, generator=random) * 2, k_NGPD * (not like), table_RM
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("length", [320, 313, 136, 129])
+def test_pages_are_sorted_unique_and_hold_the_last_ones(length, first):
+    q_RHD, k_NGPD, table_RM = cached(length)
+    rule = PageRule(8, 16, 5, first)
+    index_RK, count_R = page_choose(
+        q_RHD, k_NGPD, table_RM, torch.tensor([length], dtype=torch.int32), rule, scale=0.5
+    )
+    chosen, pages = index_RK[0, : int(count_R)].tolist(), -(-length // 8)
+    assert chosen == sorted(set(chosen))
+    assert set(range((pages - 5) * 8, length)) <= set(chosen)
+    assert len({t // 8 for t in chosen}) == min(16, pages)
+    assert not first or 0 in chosen
 
 
 def test_of_equal_pages_the_earlier_are_read():
-    assert top_pages(torch.zeros(1, 20), torch.tensor([20]), 6, 2).tolist() == [[0, 1, 2, 3, 18, 19]]
+    length = torch.tensor([160], dtype=torch.int32)
+    q_RHD, k_NGPD, table_RM = cached(160, like=True)
+    index_RK, _ = page_choose(q_RHD, k_NGPD, table_RM, length, PageRule(8, 6, 2), scale=0.5)
+    assert index_RK[0, ::8].tolist() == [0, 8, 16, 24, 144, 152]
 
 
 def test_sparse_layers_read_what_the_selection_layer_before_them_chose(tiny, monkeypatch):
@@ -92,18 +109,28 @@ def test_sparse_layers_read_what_the_selection_layer_before_them_chose(tiny, mon
         return seen[-1][1]
 
     monkeypatch.setattr(DeltaPolicy, "select", spy)
+    monkeypatch.setattr(DeltaPolicy, "selectors", lambda self: ())  # asked layer by layer, in every step
     run(tiny, [delta()], [ids])
     steps = [seen[i : i + 6] for i in range(0, len(seen), 6)]
     assert all(isinstance(choice, Dense) for _, choice in steps[0])  # the prompt
     lists = []
     for step in steps[1:]:
         kinds = [type(choice) for _, choice in step]
-        assert kinds == [Dense, DenseScores, TokenSelection, TokenSelection, DenseScores, TokenSelection]
+        assert kinds == [Dense, Dense, TokenSelection, TokenSelection, Dense, TokenSelection]
         two, three, five = (step[layer][1] for layer in (2, 3, 5))
         assert torch.equal(two.index_RXK, three.index_RXK)
         assert torch.equal(two.index_RXK[:, 0], two.index_RXK[:, 1])
         lists += [two.index_RXK[0, 0, :-16].tolist(), five.index_RXK[0, 0, :-16].tolist()]
     assert len({tuple(chosen) for chosen in lists}) > 2
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_steps_in_one_native_call_choose_what_the_layers_choose_one_by_one(tiny, monkeypatch, page_size):
+    given = prompts(3, 80, 200)
+    native = run(tiny, [delta()], given, page_size=page_size)
+    monkeypatch.setattr(DeltaPolicy, "selectors", lambda self: ())
+    assert run(tiny, [delta()], given, page_size=page_size) == native
+    assert run(tiny, [], given, page_size=page_size) != native
 
 
 # -- 4. ----------
@@ -123,6 +150,7 @@ def test_attended_tokens_are_as_few_as_the_pages_say(tiny, monkeypatch):
         return choice
 
     monkeypatch.setattr(DeltaPolicy, "select", spy)
+    monkeypatch.setattr(DeltaPolicy, "selectors", lambda self: ())
     run(tiny, [delta()], prompts(1, 470, 471))
     assert 0.5 < np.mean(read) < 0.6
 

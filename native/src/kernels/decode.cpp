@@ -106,7 +106,7 @@ nb::capsule decode_round(const nb::capsule& stack, const nb::capsule& ends, cons
       const Selector* s = selectors[i].is_none() ? nullptr : &unwrap_selector(nb::cast<nb::capsule>(selectors[i]));
       const Block& b = *r->stack->layers[i].block;
       require(s == nullptr || (s->heads == b.heads && s->kv_heads == b.kv_heads && s->size == b.size &&
-                               s->pages == r->stack->pages && s->page_size == r->stack->page),
+                               (s->pages == 0 || (s->pages == r->stack->pages && s->page_size == r->stack->page))),
               "a selector does not fit its layer");
       r->selectors.push_back(s);
     }

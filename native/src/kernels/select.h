@@ -9,11 +9,28 @@
 
 namespace hasten {
 
+// Decode rows of a layer that reads densely: rotated queries of rows `stride` floats apart, the pages table[rows][width] and
+// tokens of each, and where the layer's keys lie. Slots and pages have been checked.
+struct Watched {
+  const float* q;
+  std::int64_t stride;
+  int rows;
+  const std::int32_t* table;
+  int width;
+  const std::int32_t* length;
+  const void* k;
+  int kind, page_size;  // a PageKind
+  float scale, softcap;
+};
+
 struct Selector {
-  int heads = 0, kv_heads = 0, size = 0, pages = 0, page_size = 0;
+  int heads = 0, kv_heads = 0, size = 0;
+  int pages = 0, page_size = 0;  // of the pool that it keeps something of; 0: of any
   int budget = 0;   // rows that see no more tokens read densely
   int choices = 0;  // of a row: its kv heads or its query heads
+  bool watches = false;  // the layer reads densely in any case: `watch` is called in the place of `choose`
   virtual ~Selector() = default;
+  virtual void watch(const Watched&) const {}
   // Tokens a choice has at most, in a step whose longest row sees `longest`.
   virtual int most(int longest) const { return longest < budget ? longest : budget; }
   // The rotated keys of `rows` rows [kv_heads][size], `stride` floats apart, were cached at `slot`.

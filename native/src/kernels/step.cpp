@@ -71,7 +71,11 @@ bool run_stack(const Stack& stack, float* x, int rows, const std::int64_t* slot,
                  tables[layer.rope], true, slot, rows, {layer.k, layer.v, stack.pages, stack.page, stack.kind});
     const Selector* selector = choosing == nullptr ? nullptr : choosing->selector[i];
     if (selector != nullptr) selector->append(k, width, slot, rows);
-    if (selector != nullptr && choosing->shortest > selector->budget) {
+    const bool past = selector != nullptr && choosing->shortest > selector->budget;
+    if (past && selector->watches)
+      selector->watch({qkv, width, rows, choosing->table, choosing->width, choosing->length, layer.k, stack.kind, stack.page,
+                       read.scale, read.softcap});
+    if (past && !selector->watches) {
       const std::size_t choices = static_cast<std::size_t>(rows) * selector->choices;
       const int most = selector->most(choosing->longest);
       std::int32_t* index = grown(index_memory, choices * most);

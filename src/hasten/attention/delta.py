@@ -27,12 +27,13 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import pad
 
-from hasten.attention.layout import AttentionSpec, KVPages, StepLayout
-from hasten.attention.policy import AttentionPolicy, Dense, DenseScores, Selection, TokenSelection
+from hasten.attention.layout import AttentionSpec, HeadShape, KVPages, StepLayout
+from hasten.attention.policy import AttentionPolicy, Dense, Selection, TokenSelection
 from hasten.core.errors import SettingError, UnsupportedError
 from hasten.core.technique import Technique
+from hasten.kernels.page_mass import PageRule, PageSelector, page_choose, page_selectors
+from hasten.kernels.reference.page_mass import by_page, top_pages
 from hasten.weights.calibrate_data import token_digest
 
 if TYPE_CHECKING:
@@ -70,7 +71,12 @@ class Delta(Technique):
             full = choose_layers(coverage(context, self), self.selections)
         if 0 not in full or not all(0 <= layer < layers for layer in full):
             raise SettingError(f"delta.full = {list(full)}: must hold layer 0 and lie within 0..{layers - 1}")
-        return DeltaPolicy(self, full, layers)
+        return DeltaPolicy(self, full, layers, context.config.shape)
+
+    @property
+    def rule(self) -> PageRule:
+        """Which pages sparse layers read."""
+        return PageRule(self.page, self.pages, self.recent, self.keep_first)
 
 
 def selection_layers(full: Sequence[int], layers: int) -> frozenset[int]:
@@ -78,79 +84,78 @@ def selection_layers(full: Sequence[int], layers: int) -> frozenset[int]:
     return frozenset(layer for layer in full if layer + 1 < layers and layer + 1 not in full)
 
 
-def page_scores(probs_RHL: Tensor, page: int) -> Tensor:
-    """Scores [R, C] of pages: the tokens' attention masses, the largest over the heads, summed by page."""
-    mass_RL = probs_RHL.amax(1)
-    return _by_page(mass_RL, page)
-
-
-def _by_page(mass_RL: Tensor, page: int) -> Tensor:
-    """Sums [R, C] over pages; the last page may end early."""
-    rows, length = mass_RL.shape
-    return pad(mass_RL, (0, -length % page)).view(rows, -(-length // page), page).sum(2)
-
-
-def top_pages(
-    score_RC: Tensor, pages_R: Tensor, pages: int, recent: int, *, keep_first: bool = False
-) -> Tensor:
-    """int64 [R, pages], ascending: the best pages of rows that have ``pages_R`` > ``pages`` of them."""
-    index_C = torch.arange(score_RC.shape[1])
-    score_RC = score_RC - 1e-7 * index_C
-    left_RC = pages_R[:, None] - index_C  # pages from here to the end
-    score_RC = score_RC.masked_fill((left_RC > 0) & (left_RC <= recent), float("inf"))
-    if keep_first:
-        score_RC[:, 0] = float("inf")
-    score_RC = score_RC.masked_fill(left_RC <= 0, float("-inf"))
-    return score_RC.topk(pages, dim=1).indices.sort(dim=1).values
-
-
 class DeltaPolicy(AttentionPolicy):
     """The policy for one model of ``layers`` layers, those of ``full`` dense."""
 
-    def __init__(self, settings: Delta, full: Sequence[int], layers: int) -> None:
-        self.settings = settings
-        self.full = frozenset(full)
+    def __init__(self, settings: Delta, full: Sequence[int], layers: int, shape: HeadShape) -> None:
+        self.settings, self.rule, self.shape = settings, settings.rule, shape
+        self.full, self.layers = frozenset(full), layers
         self.choosing = selection_layers(full, layers)
-        self._row_R: Tensor | None = None
-        self._length_R = torch.zeros(0, dtype=torch.int64)
+        self.budget = (
+            int(settings.compression_ratio * settings.pages) * settings.page
+        )  # dense up to so many tokens
+        self._selectors: tuple[PageSelector | None, ...] = ()
+        self._rows: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # row_R, length_R, table_RM of the sparse rows
+        )
         self._chosen: tuple[Tensor, Tensor] | None = None  # index_RK and count_R of the last selection layer
 
+    def selectors(self) -> Sequence[PageSelector | None]:
+        if not self._selectors:
+            acting = [n for n in range(self.layers) if n in self.choosing or n not in self.full]
+            heads, kv_heads, size = self.shape.heads, self.shape.kv_heads, self.shape.size
+            made = page_selectors(
+                [n in self.choosing for n in acting],
+                self.rule,
+                self.budget,
+                heads=heads,
+                kv_heads=kv_heads,
+                size=size,
+            )
+            by_layer = dict(zip(acting, made, strict=True))
+            self._selectors = tuple(by_layer.get(layer) for layer in range(self.layers))
+        return self._selectors
+
     def begin_step(self, layout: StepLayout) -> None:
-        s = self.settings
-        pages_S = -(-layout.kv_len_S // s.page)
-        chosen_S = layout.decode_rows() & (pages_S > s.compression_ratio * s.pages)
-        self._row_R = self._chosen = None
+        chosen_S = layout.decode_rows() & (layout.kv_len_S > self.budget)
+        self._rows = self._chosen = None
         if bool(chosen_S.any()):
-            self._row_R = layout.query_start_S1[:-1][chosen_S].long()
-            self._length_R = layout.kv_len_S[chosen_S].long()
+            self._rows = (
+                layout.query_start_S1[:-1][chosen_S].long(),
+                layout.kv_len_S[chosen_S].contiguous(),
+                layout.page_table_SM[chosen_S].contiguous(),
+            )
 
     def select(
         self, layer: int, q_THD: Tensor, pages: KVPages, layout: StepLayout, spec: AttentionSpec
     ) -> Selection:
-        if self._row_R is None:
+        if self._rows is None or (layer in self.full and layer not in self.choosing):
             return Dense()
-        if layer in self.full:
-            return DenseScores() if layer in self.choosing else Dense()
+        row_R, length_R, table_RM = self._rows
+        if layer in self.choosing:
+            if not isinstance(pages, KVPages):
+                raise UnsupportedError(
+                    f"delta cannot read keys from {type(pages).__name__}; remove the KV format of the plan"
+                )
+            self._chosen = page_choose(
+                q_THD[row_R],
+                pages.k_NGPD,
+                table_RM,
+                length_R,
+                self.rule,
+                scale=spec.scale,
+                softcap=spec.softcap,
+            )
+            return Dense()
         if self._chosen is None:
             raise UnsupportedError(f"layer {layer} comes before any layer that chose pages")
         index_RK, count_R = self._chosen
-        groups = spec.shape.kv_heads
+        groups = self.shape.kv_heads
         return TokenSelection(
-            self._row_R,
+            row_R,
             index_RK[:, None].expand(-1, groups, -1).contiguous(),
             count_R[:, None].expand(-1, groups).contiguous(),
         )
-
-    def observe(self, layer: int, probs_THL: Tensor, layout: StepLayout) -> None:
-        if self._row_R is None:
-            return
-        s = self.settings
-        score_RC = page_scores(probs_THL[self._row_R], s.page)
-        pages_R = -(-self._length_R // s.page)
-        page_RC = top_pages(score_RC, pages_R, s.pages, s.recent, keep_first=s.keep_first)
-        index_RK = (page_RC[..., None] * s.page + torch.arange(s.page)).flatten(1)
-        count_R = (index_RK < self._length_R[:, None]).sum(1)  # only the last page may end early
-        self._chosen = index_RK.to(torch.int32), count_R.to(torch.int32)
 
 
 # -- which layers choose ------------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ def coverage(context: BuildContext, settings: Delta) -> Tensor:
 
     ids = calibration_ids(context, settings.calibration_tokens)
     choice = settings.model_dump(include={"pages", "page", "recent", "keep_first"})
-    made_from = {"tokens": token_digest([ids]), "choice": choice, "version": 1}
+    made_from = {"tokens": token_digest([ids]), "choice": choice, "version": 2}
 
     def write(folder: Path) -> None:
         save_file({"coverage": measure(context, settings, ids)}, folder / "coverage.safetensors")
@@ -186,6 +191,12 @@ def measure(context: BuildContext, settings: Delta, ids: Sequence[int], rows: in
     recent = max(1, settings.recent * len(ids) // CONTEXT)
     wanted = max(recent + settings.keep_first + 1, settings.pages * len(ids) // CONTEXT)
     wanted = min(wanted, int(pages_R.min()))
+    if wanted <= settings.keep_first:
+        raise SettingError(
+            f"delta.calibration_tokens = {len(ids)}: too few for pages of {settings.page} tokens; give more, or name "
+            "the layers with delta.full"
+        )
+    rule = PageRule(settings.page, wanted, min(recent, wanted - settings.keep_first), settings.keep_first)
     hidden_RT = torch.arange(len(ids)) > row_R[:, None]
     mass_N, chosen_N = [], []
     for layer, (q_THD, k_TGD) in enumerate(zip(q_NTHD, k_NTGD, strict=True)):
@@ -196,9 +207,9 @@ def measure(context: BuildContext, settings: Delta, ids: Sequence[int], rows: in
         if spec.softcap is not None:
             logit_RHT = spec.softcap * torch.tanh(logit_RHT / spec.softcap)
         probs_RHT = logit_RHT.masked_fill(hidden_RT[:, None], float("-inf")).softmax(-1)
-        mass_N.append(_by_page(probs_RHT.mean(1), settings.page))
-        score_RC = page_scores(probs_RHT, settings.page)
-        chosen_N.append(top_pages(score_RC, pages_R, wanted, settings.recent, keep_first=settings.keep_first))
+        mass_N.append(by_page(probs_RHT.mean(1), settings.page))
+        mass_RC = by_page(probs_RHT.amax(1), settings.page)
+        chosen_N.append(top_pages(mass_RC, pages_R, rule))
     share = [[float(mass.gather(1, chosen).sum(1).mean()) for mass in mass_N] for chosen in chosen_N]
     return torch.tensor(share)
 
